@@ -1,0 +1,163 @@
+//! Devices: pure state machines that know registers, and nothing of threads, descriptors, channels or clocks.
+//!
+//! A device sees the world through [`Context`] and is driven by calls that the shell makes, one at a time.
+//! Three things are functions of a device's state and are read by the shell after every call, so no device can
+//! forget to signal them: the level of its interrupt line ([`Device::interrupt`]), when it wants to be called for
+//! the passing of time ([`Device::deadline`]), and nothing else.
+//!
+//! What a guest does wrong is never an error here: a device answers as its datasheet says, or with all-ones.
+
+use std::fmt;
+
+/// Nanoseconds of guest time since the machine was created; does not advance while the machine is paused.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Hash)]
+pub struct Nanos(pub u64);
+
+/// Width of one access: what a guest can express with one `in`, `out` or load or store that leaves KVM.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
+#[repr(u8)]
+pub enum Width {
+    /// 8 bits.
+    Byte = 1,
+    /// 16 bits.
+    Word = 2,
+    /// 32 bits.
+    Dword = 4,
+    /// 64 bits; MMIO only.
+    Qword = 8,
+}
+
+impl Width {
+    /// The width in bytes: 1, 2, 4 or 8.
+    pub const fn bytes(self) -> usize {
+        self as usize
+    }
+
+    /// All-ones in this width: what a bus that nobody drives reads as.
+    pub const fn all_ones(self) -> u64 {
+        u64::MAX >> (64 - 8 * self as u32)
+    }
+
+    /// The width for a length in bytes, if it is one of 1, 2, 4 and 8.
+    pub const fn from_bytes(bytes: usize) -> Option<Width> {
+        match bytes {
+            1 => Some(Width::Byte),
+            2 => Some(Width::Word),
+            4 => Some(Width::Dword),
+            8 => Some(Width::Qword),
+            _ => None,
+        }
+    }
+}
+
+/// Which register an access touches: the offset from the start of the device's range, and how wide.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub struct Access {
+    /// Bytes from the start of the range that the device claimed.
+    pub offset: u64,
+    /// How many bytes.
+    pub width: Width,
+}
+
+/// What a device may ask of the machine that it is part of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub enum MachineRequest {
+    /// The guest switched itself off (ACPI S5).
+    PowerOff,
+    /// The guest asked to be reset (ACPI reset register, i8042 pulse).
+    Reset,
+    /// The guest gave an exit status and wants to end (debug-exit port).
+    Exit(u8),
+    /// The guest's kernel reports that it panicked (pvpanic).
+    GuestPanic,
+}
+
+/// The world, as a device may see it during one call.
+///
+/// The shell implements it for real; tests implement it with a few vectors.
+pub trait Context {
+    /// Guest time now.
+    fn now(&self) -> Nanos;
+
+    /// The host's wall clock in nanoseconds since 1970-01-01 00:00:00 UTC.
+    fn wall_clock_ns(&self) -> i64;
+
+    /// Gives one byte to the device's host side. Never blocks. `true`: there is room for more; `false`: this byte
+    /// was taken but the device must not send another until [`Device::output_ready`].
+    fn transmit(&mut self, byte: u8) -> bool;
+
+    /// Takes one byte from the device's host side, if there is one. Never blocks. After `None` the device is told
+    /// by [`Device::input_ready`] when there is more.
+    fn receive(&mut self) -> Option<u8>;
+
+    /// Asks something of the machine. Takes effect after the current call; the first request of a machine wins.
+    fn request(&mut self, request: MachineRequest);
+}
+
+/// How an access may reach its device. The default is [`AccessClass::Ask`]; everything else is opted into per
+/// register, with the reason beside it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub enum AccessClass {
+    /// The vCPU waits until the access is complete.
+    Ask,
+    /// A write that the vCPU does not wait for. Ordered after this vCPU's earlier accesses to the same device,
+    /// and complete before this vCPU's next access to any other device.
+    Post,
+}
+
+/// Which way an access goes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub enum Direction {
+    /// The guest reads.
+    Read,
+    /// The guest writes.
+    Write,
+}
+
+/// A device: registers and what they do. Implementations must not panic whatever a guest does.
+pub trait Device: Send {
+    /// A short name for logs: `serial0`, `rtc`.
+    fn name(&self) -> &'static str;
+
+    /// Reads a register. Bits above the width are ignored by the caller. Registers that do not exist, and widths
+    /// that the hardware does not decode, read as all-ones.
+    fn read(&mut self, cx: &mut dyn Context, access: Access) -> u64;
+
+    /// Writes a register. Bits of `value` above the width are zero. What does not exist is ignored.
+    fn write(&mut self, cx: &mut dyn Context, access: Access, value: u64);
+
+    /// The level of the interrupt line, computed from the state alone.
+    fn interrupt(&self) -> bool {
+        false
+    }
+
+    /// When this device next wants [`Device::tick`], computed from the state alone.
+    fn deadline(&self) -> Option<Nanos> {
+        None
+    }
+
+    /// Time has passed: called at or after [`Device::deadline`], never before.
+    fn tick(&mut self, _cx: &mut dyn Context) {}
+
+    /// There may be bytes for [`Context::receive`].
+    fn input_ready(&mut self, _cx: &mut dyn Context) {}
+
+    /// There is room for [`Context::transmit`] again.
+    fn output_ready(&mut self, _cx: &mut dyn Context) {}
+
+    /// Back to the state after power-on. What the host side holds (bytes typed but not read) is not the device's
+    /// and stays.
+    fn reset(&mut self, cx: &mut dyn Context);
+
+    /// How an access to this register may be sent. Asked once per access on the sender's side, so it must not
+    /// depend on state: a plain function.
+    fn classify(&self) -> fn(Access, Direction) -> AccessClass {
+        |_, _| AccessClass::Ask
+    }
+}
+
+impl fmt::Display for Access {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "+{:#x}/{}", self.offset, self.width.bytes())
+    }
+}
