@@ -6,6 +6,19 @@
 //! the passing of time ([`Device::deadline`]), and nothing else.
 //!
 //! What a guest does wrong is never an error here: a device answers as its datasheet says, or with all-ones.
+//!
+//! | device | ports | line | file |
+//! |---|---|---|---|
+//! | 16550A serial port | 0x3f8 to 0x3ff | 4 | [`uart16550`] |
+//!
+//! The numbers are in [`crate::boot::layout::io`]. Each file has `CLAIMS`: the ranges to route to the device, as offsets
+//! from its base port there. [`Access::offset`] counts from that base in all of them, so a device with two ranges sees
+//! its second at the offset that it has in `CLAIMS`.
+
+mod byte_lanes;
+#[cfg(test)]
+pub(crate) mod testing;
+pub mod uart16550;
 
 use std::fmt;
 
@@ -103,6 +116,22 @@ pub enum AccessClass {
     /// A write that the vCPU does not wait for. Ordered after this vCPU's earlier accesses to the same device,
     /// and complete before this vCPU's next access to any other device.
     Post,
+}
+
+/// One range to route to a device, relative to the device's base port or address.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub struct Claim {
+    /// Where it starts, in bytes from the base.
+    pub offset: u64,
+    /// How many bytes.
+    pub len: u64,
+}
+
+impl Claim {
+    /// The range of `len` bytes at `offset`.
+    pub const fn new(offset: u64, len: u64) -> Claim {
+        Claim { offset, len }
+    }
 }
 
 /// Which way an access goes.
