@@ -10,12 +10,15 @@
 //! | device | ports | line | file |
 //! |---|---|---|---|
 //! | 16550A serial port | 0x3f8 to 0x3ff | 4 | [`uart16550`] |
+//! | MC146818 real-time clock and CMOS memory | 0x70, 0x71 | 8 | [`rtc`] |
 //!
 //! The numbers are in [`crate::boot::layout::io`]. Each file has `CLAIMS`: the ranges to route to the device, as offsets
 //! from its base port there. [`Access::offset`] counts from that base in all of them, so a device with two ranges sees
 //! its second at the offset that it has in `CLAIMS`.
 
 mod byte_lanes;
+mod calendar;
+pub mod rtc;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod uart16550;
