@@ -11,13 +11,18 @@
 //! |---|---|---|---|
 //! | 16550A serial port | 0x3f8 to 0x3ff | 4 | [`uart16550`] |
 //! | MC146818 real-time clock and CMOS memory | 0x70, 0x71 | 8 | [`rtc`] |
+//! | i8042, reset only | 0x60, 0x64 | | [`i8042`] |
+//! | ACPI PM1a and reset register | 0x600 to 0x605, 0x60c | 9 (SCI) | [`acpi_pm`] |
+//! | ACPI PM timer, a published read | 0x608 to 0x60b | | [`acpi_pm::PmTimer`] |
 //!
 //! The numbers are in [`crate::boot::layout::io`]. Each file has `CLAIMS`: the ranges to route to the device, as offsets
 //! from its base port there. [`Access::offset`] counts from that base in all of them, so a device with two ranges sees
 //! its second at the offset that it has in `CLAIMS`.
 
+pub mod acpi_pm;
 mod byte_lanes;
 mod calendar;
+pub mod i8042;
 pub mod rtc;
 #[cfg(test)]
 pub(crate) mod testing;
