@@ -14,6 +14,10 @@
 //! | i8042, reset only | 0x60, 0x64 | | [`i8042`] |
 //! | ACPI PM1a and reset register | 0x600 to 0x605, 0x60c | 9 (SCI) | [`acpi_pm`] |
 //! | ACPI PM timer, a published read | 0x608 to 0x60b | | [`acpi_pm::PmTimer`] |
+//! | debug exit | 0xf4 | | [`debug_exit`] |
+//! | debug console | 0xe9 | | [`debug_console`] |
+//! | pvpanic | 0x505 | | [`pvpanic`] |
+//! | PCI configuration, empty bus | 0xcf8 to 0xcff | | [`pci_config`] |
 //!
 //! The numbers are in [`crate::boot::layout::io`]. Each file has `CLAIMS`: the ranges to route to the device, as offsets
 //! from its base port there. [`Access::offset`] counts from that base in all of them, so a device with two ranges sees
@@ -22,7 +26,11 @@
 pub mod acpi_pm;
 mod byte_lanes;
 mod calendar;
+pub mod debug_console;
+pub mod debug_exit;
 pub mod i8042;
+pub mod pci_config;
+pub mod pvpanic;
 pub mod rtc;
 #[cfg(test)]
 pub(crate) mod testing;
