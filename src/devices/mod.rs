@@ -26,6 +26,8 @@
 pub mod acpi_pm;
 mod byte_lanes;
 mod calendar;
+#[cfg(test)]
+mod conformance;
 pub mod debug_console;
 pub mod debug_exit;
 pub mod i8042;
