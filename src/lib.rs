@@ -2,7 +2,7 @@
 //!
 //! Where to look:
 //!
-//! * `actors`: the runtime. Typed addresses, mailboxes with a run token, placements, ranks, lifecycle.
+//! * [`actors`]: the runtime. Typed addresses, mailboxes with a run token, placements, ranks, lifecycle.
 //! * `vcpu`: the vCPU actors. Exits, routing, the kick, the KVM and the scripted backend.
 //! * [`devices`]: the devices, each a pure state machine, and the one shell that makes an actor of any of them.
 //! * [`boot`]: from files to guest memory. Kernel formats, boot parameters, ACPI tables, memory map.
@@ -13,5 +13,6 @@
 //!
 //! `design.md` has the topology, the ranks, the orderings and the decisions.
 
+pub mod actors;
 pub mod boot;
 pub mod devices;
