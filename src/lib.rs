@@ -15,4 +15,7 @@
 
 pub mod actors;
 pub mod boot;
+pub mod clock;
 pub mod devices;
+pub mod host;
+pub mod vcpu;

@@ -28,11 +28,11 @@
 //! | `models.rs` | loom models of the token, park and close protocols |
 
 mod mailbox;
-mod park;
+pub(crate) mod park;
 mod placement;
 mod port;
 mod rank;
-mod sync;
+pub(crate) mod sync;
 
 #[cfg(all(test, loom))]
 mod models;

@@ -6,14 +6,14 @@
 use super::sync::{AtomicU32, Ordering, spin_loop};
 
 /// A word to wait on.
-pub(super) struct Futex {
+pub(crate) struct Futex {
     word: AtomicU32,
     #[cfg(loom)]
     kernel: (loom::sync::Mutex<()>, loom::sync::Condvar),
 }
 
 impl Futex {
-    pub(super) fn new(value: u32) -> Futex {
+    pub(crate) fn new(value: u32) -> Futex {
         Futex {
             word: AtomicU32::new(value),
             #[cfg(loom)]
@@ -22,22 +22,22 @@ impl Futex {
     }
 
     #[inline]
-    pub(super) fn load(&self, order: Ordering) -> u32 {
+    pub(crate) fn load(&self, order: Ordering) -> u32 {
         self.word.load(order)
     }
 
     #[inline]
-    pub(super) fn store(&self, value: u32, order: Ordering) {
+    pub(crate) fn store(&self, value: u32, order: Ordering) {
         self.word.store(value, order);
     }
 
     #[inline]
-    pub(super) fn swap(&self, value: u32, order: Ordering) -> u32 {
+    pub(crate) fn swap(&self, value: u32, order: Ordering) -> u32 {
         self.word.swap(value, order)
     }
 
     #[inline]
-    pub(super) fn compare_exchange(
+    pub(crate) fn compare_exchange(
         &self,
         old: u32,
         new: u32,
@@ -47,9 +47,20 @@ impl Futex {
         self.word.compare_exchange(old, new, ok, err)
     }
 
+    /// The word's first byte in memory (on x86 its lowest), for a signal handler to set.
+    #[cfg(not(loom))]
+    pub(crate) fn as_byte_ptr(&self) -> *mut u8 {
+        self.word.as_ptr().cast()
+    }
+
+    #[cfg(loom)]
+    pub(crate) fn as_byte_ptr(&self) -> *mut u8 {
+        unreachable!("models deliver signals by other means")
+    }
+
     /// Sleeps unless the word differs from `value`. May return for no reason; the caller looks again.
     #[cfg(not(loom))]
-    pub(super) fn wait(&self, value: u32) {
+    pub(crate) fn wait(&self, value: u32) {
         // SAFETY: FUTEX_WAIT reads one aligned 32-bit word, which `&self` keeps alive, and a null timeout means
         // "none". A failure (EAGAIN, EINTR) means only that the caller must look again, which it does anyway.
         unsafe {
@@ -65,7 +76,7 @@ impl Futex {
 
     /// Wakes whoever sleeps on the word. To be called after the word was changed.
     #[cfg(not(loom))]
-    pub(super) fn wake(&self) {
+    pub(crate) fn wake(&self) {
         // SAFETY: FUTEX_WAKE uses the address as a key only and does not touch the memory behind it.
         unsafe {
             libc::syscall(
@@ -79,7 +90,7 @@ impl Futex {
 
     /// The kernel's futex in loom's terms: compare and sleep are one step for the waker.
     #[cfg(loom)]
-    pub(super) fn wait(&self, value: u32) {
+    pub(crate) fn wait(&self, value: u32) {
         let guard = self.kernel.0.lock().unwrap();
         if self.word.load(Ordering::SeqCst) == value {
             drop(self.kernel.1.wait(guard).unwrap());
@@ -87,7 +98,7 @@ impl Futex {
     }
 
     #[cfg(loom)]
-    pub(super) fn wake(&self) {
+    pub(crate) fn wake(&self) {
         let _guard = self.kernel.0.lock().unwrap();
         self.kernel.1.notify_all();
     }
@@ -96,7 +107,7 @@ impl Futex {
 /// How many times to look before going to sleep. A look costs a `pause` (about 40 to 140 cycles on current
 /// machines), so this is a few microseconds: what a turn takes, and less than a sleep and a wake-up. On a machine
 /// with one processor nobody else can make progress while we look, so there it is 0.
-pub(super) fn spin_limit() -> u32 {
+pub(crate) fn spin_limit() -> u32 {
     #[cfg(loom)]
     {
         1
@@ -113,7 +124,7 @@ pub(super) fn spin_limit() -> u32 {
 
 /// Looks at `ready` up to [`spin_limit`] times. `true` as soon as it is.
 #[inline]
-pub(super) fn spin_until(mut ready: impl FnMut() -> bool) -> bool {
+pub(crate) fn spin_until(mut ready: impl FnMut() -> bool) -> bool {
     for _ in 0..spin_limit() {
         if ready() {
             return true;

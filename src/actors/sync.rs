@@ -2,14 +2,14 @@
 //! and every outcome that the memory model allows (`--cfg loom`).
 
 #[cfg(not(loom))]
-pub(super) use real::*;
+pub(crate) use real::*;
 #[cfg(not(loom))]
-pub(super) use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+pub(crate) use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 // Not loom's, which cannot hold a `dyn Job`; what it counts is not part of any protocol here.
-pub(super) use std::sync::Arc;
+pub(crate) use std::sync::Arc;
 
 #[cfg(loom)]
-pub(super) use loom::{
+pub(crate) use loom::{
     cell::UnsafeCell,
     hint::spin_loop,
     sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
@@ -17,18 +17,18 @@ pub(super) use loom::{
 
 #[cfg(not(loom))]
 mod real {
-    pub(in crate::actors) use std::hint::spin_loop;
+    pub(crate) use std::hint::spin_loop;
 
     /// `std`'s cell with loom's interface, so that loom can check that every access is exclusive.
-    pub(in crate::actors) struct UnsafeCell<T>(std::cell::UnsafeCell<T>);
+    pub(crate) struct UnsafeCell<T>(std::cell::UnsafeCell<T>);
 
     impl<T> UnsafeCell<T> {
-        pub(in crate::actors) const fn new(value: T) -> Self {
+        pub(crate) const fn new(value: T) -> Self {
             UnsafeCell(std::cell::UnsafeCell::new(value))
         }
 
         #[inline(always)]
-        pub(in crate::actors) fn with_mut<R>(&self, f: impl FnOnce(*mut T) -> R) -> R {
+        pub(crate) fn with_mut<R>(&self, f: impl FnOnce(*mut T) -> R) -> R {
             f(self.0.get())
         }
     }

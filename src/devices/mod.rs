@@ -7,6 +7,8 @@
 //!
 //! What a guest does wrong is never an error here: a device answers as its datasheet says, or with all-ones.
 
+pub mod shell;
+
 use std::fmt;
 
 /// Nanoseconds of guest time since the machine was created; does not advance while the machine is paused.
@@ -103,6 +105,13 @@ pub enum AccessClass {
     /// A write that the vCPU does not wait for. Ordered after this vCPU's earlier accesses to the same device,
     /// and complete before this vCPU's next access to any other device.
     Post,
+}
+
+/// A register that runs by itself (a timer's count): its owner publishes what is needed to compute it, and vCPUs
+/// read it in place, without a message.
+pub trait Published: Send + Sync {
+    /// The register's value at guest time `now`.
+    fn read(&self, access: Access, now: Nanos) -> u64;
 }
 
 /// Which way an access goes.
