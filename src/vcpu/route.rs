@@ -456,6 +456,6 @@ mod tests {
         table.insert(Space::Mmio, route(0x1000, 0x1fff)).unwrap();
         let mut bytes = [0; 3];
         table.load(0x1ffd, &mut bytes);
-        assert_eq!(bytes, [0xfd, 0xfe, 0x99]);
+        assert_eq!(bytes, [0xfd, 0xfe, 0x9f]);
     }
 }
