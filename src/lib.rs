@@ -6,7 +6,7 @@
 //! * `vcpu`: the vCPU actors. Exits, routing, the kick, the KVM and the scripted backend.
 //! * [`devices`]: the devices, each a pure state machine, and the one shell that makes an actor of any of them.
 //! * [`boot`]: from files to guest memory. Kernel formats, boot parameters, ACPI tables, memory map.
-//! * `machine`: the supervisor. Guest memory, CPUID, wiring, the machine's states.
+//! * [`machine`]: the supervisor. Guest memory, CPUID, wiring, the machine's states.
 //! * `host`: the host's side. Console, terminal, signals, timers, log.
 //! * `guests`: bare-metal guests carried in the binary: the demo and the test guests.
 //! * `cli`: the command line.
@@ -15,3 +15,4 @@
 
 pub mod boot;
 pub mod devices;
+pub mod machine;

@@ -1,0 +1,1 @@
+//! What the guest's CPUID says.
