@@ -1,5 +1,6 @@
 //! From files to guest memory: kernels, boot parameters, memory map, ACPI tables.
 
+pub mod acpi;
 pub mod bzimage;
 pub mod cmdline;
 pub mod elf;
