@@ -451,7 +451,7 @@ pub(crate) mod tests {
                     let name_bytes = name.iter().rposition(|byte| *byte != 0).unwrap() as u32 + 2;
                     notes.extend(name_bytes.to_le_bytes());
                     notes.extend((value.len() as u32).to_le_bytes());
-                    notes.extend((kind as u32).to_le_bytes());
+                    notes.extend(u32::to_le_bytes(kind));
                     notes.extend(name);
                     notes.extend(value);
                     notes.resize(notes.len().next_multiple_of(4), 0);
