@@ -8,15 +8,17 @@
 //! * [`boot`]: from files to guest memory. Kernel formats, boot parameters, ACPI tables, memory map.
 //! * [`machine`]: the supervisor. Guest memory, CPUID, wiring, the machine's states.
 //! * [`host`]: the host's side. Console, terminal, signals, timers, log.
-//! * `guests`: bare-metal guests carried in the binary: the demo and the test guests.
-//! * `cli`: the command line.
+//! * [`guests`]: bare-metal guests carried in the binary: the demo and the test guests.
+//! * [`cli`]: the command line.
 //!
 //! `design.md` has the topology, the ranks, the orderings and the decisions.
 
 pub mod actors;
 pub mod boot;
+pub mod cli;
 pub mod clock;
 pub mod devices;
+pub mod guests;
 pub mod host;
 pub mod machine;
 pub mod vcpu;

@@ -226,6 +226,15 @@ impl<A: Actor> Port<A> {
         let _ = self.wait_for(Envelope::Stop);
     }
 
+    /// Ends the actor, after what this port has sent before. Does not wait, so it can be used on an actor that may
+    /// be stuck.
+    pub fn stop_later(&mut self) {
+        // The slot beyond the credits is free, as nobody waits on this lane, unless a stop is in it already.
+        if self.core.lanes[self.lane].backlog() <= LANE_CREDITS {
+            let _ = self.leave(Envelope::Stop);
+        }
+    }
+
     /// The actor's name.
     pub fn name(&self) -> &str {
         &self.core.name

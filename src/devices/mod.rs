@@ -6,8 +6,38 @@
 //! the passing of time ([`Device::deadline`]), and nothing else.
 //!
 //! What a guest does wrong is never an error here: a device answers as its datasheet says, or with all-ones.
+//!
+//! | device | ports | line | file |
+//! |---|---|---|---|
+//! | 16550A serial port | 0x3f8 to 0x3ff | 4 | [`uart16550`] |
+//! | MC146818 real-time clock and CMOS memory | 0x70, 0x71 | 8 | [`rtc`] |
+//! | i8042, reset only | 0x60, 0x64 | | [`i8042`] |
+//! | ACPI PM1a and reset register | 0x600 to 0x605, 0x60c | 9 (SCI) | [`acpi_pm`] |
+//! | ACPI PM timer, a published read | 0x608 to 0x60b | | [`acpi_pm::PmTimer`] |
+//! | debug exit | 0xf4 | | [`debug_exit`] |
+//! | debug console | 0xe9 | | [`debug_console`] |
+//! | pvpanic | 0x505 | | [`pvpanic`] |
+//! | PCI configuration, empty bus | 0xcf8 to 0xcff | | [`pci_config`] |
+//!
+//! The numbers are in [`crate::boot::layout::io`]. Each file has `CLAIMS`: the ranges to route to the device, as offsets
+//! from its base port there. [`Access::offset`] counts from that base in all of them, so a device with two ranges sees
+//! its second at the offset that it has in `CLAIMS`.
 
+pub mod acpi_pm;
+mod byte_lanes;
+mod calendar;
+#[cfg(test)]
+mod conformance;
+pub mod debug_console;
+pub mod debug_exit;
+pub mod i8042;
+pub mod pci_config;
+pub mod pvpanic;
+pub mod rtc;
 pub mod shell;
+#[cfg(test)]
+pub(crate) mod testing;
+pub mod uart16550;
 
 use std::fmt;
 
@@ -112,6 +142,22 @@ pub enum AccessClass {
 pub trait Published: Send + Sync {
     /// The register's value at guest time `now`.
     fn read(&self, access: Access, now: Nanos) -> u64;
+}
+
+/// One range to route to a device, relative to the device's base port or address.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub struct Claim {
+    /// Where it starts, in bytes from the base.
+    pub offset: u64,
+    /// How many bytes.
+    pub len: u64,
+}
+
+impl Claim {
+    /// The range of `len` bytes at `offset`.
+    pub const fn new(offset: u64, len: u64) -> Claim {
+        Claim { offset, len }
+    }
 }
 
 /// Which way an access goes.

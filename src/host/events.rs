@@ -14,6 +14,7 @@ use super::timer::TimerSlot;
 use super::{log as hostlog, terminal};
 use crate::actors::{Port, Rank, RankGuard};
 use crate::clock::Clock;
+use crate::devices::Nanos;
 use crate::devices::shell::{DeviceMessage, Shell};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::errno::Errno;
@@ -62,17 +63,23 @@ pub struct EventLoopHandle {
 }
 
 impl EventLoopHandle {
-    /// Ends the loop: what devices have sent is written first if that takes no longer than `limit`.
+    /// Tells the loop to end: what devices have sent is written first if that takes no longer than `limit`.
     pub fn stop(&self, limit: Duration) {
         if self.orders.try_send(Order::Stop(limit)).is_ok() {
             wake(&self.waker);
         }
-        let _ = self.ended.recv_timeout(limit + Duration::from_millis(200));
+    }
+
+    /// Gets one message when the loop has ended.
+    pub fn ended(&self) -> &Receiver<()> {
+        &self.ended
     }
 }
 
-/// The console's device, as the loop sees it.
-pub struct ConsoleDevice {
+/// A character device and where its bytes go.
+pub struct CharacterDevice {
+    /// The host side.
+    pub console: Console,
     /// The rings.
     pub end: HostEnd,
     /// Where to tell that there is input or room.
@@ -93,10 +100,8 @@ pub struct EventLoop {
     pub clock: Clock,
     /// What devices wake it with.
     pub waker: Waker,
-    /// Where the console goes.
-    pub console: Console,
-    /// Whose console it is.
-    pub device: Option<ConsoleDevice>,
+    /// Devices with bytes.
+    pub characters: Vec<CharacterDevice>,
     /// Devices with deadlines.
     pub timed: Vec<TimedDevice>,
     /// Where signals and escapes go. Must not wait for long.
@@ -133,14 +138,13 @@ impl EventLoop {
         std::thread::Builder::new().name("events".into()).spawn(move || {
             let _rank = RankGuard::enter(Rank::Backend);
             Running {
-                outside: self,
+                clock: self.clock,
+                waker: self.waker,
+                lines: self.characters.into_iter().map(Line::new).collect(),
+                timed: self.timed,
+                machine: self.machine,
+                log: self.log,
                 inbox,
-                escape: Escape::default(),
-                typed: Vec::new(),
-                last_output: None,
-                connected: true,
-                input_posted: true,
-                output_posted: true,
                 until: None,
             }
             .run(signals);
@@ -152,19 +156,13 @@ impl EventLoop {
 
 /// The loop while it runs.
 struct Running {
-    outside: EventLoop,
+    clock: Clock,
+    waker: Waker,
+    lines: Vec<Line>,
+    timed: Vec<TimedDevice>,
+    machine: Box<dyn Fn(HostEvent) + Send>,
+    log: Logger,
     inbox: Receiver<Order>,
-    escape: Escape,
-    /// Typed, but not yet in the ring.
-    typed: Vec<u8>,
-    /// When output last came; lingers after it.
-    last_output: Option<Instant>,
-    /// Somebody is on the other side of the pseudo-terminal.
-    connected: bool,
-    /// Whether the device has been told of the input, or of the room, that there is. If its mailbox had no credit,
-    /// it has not.
-    input_posted: bool,
-    output_posted: bool,
     /// Stopping: until when.
     until: Option<Instant>,
 }
@@ -176,212 +174,251 @@ impl Running {
                 self.until = Some(Instant::now() + limit);
             }
             self.deliver();
-            let waiting = self
-                .outside
-                .device
-                .as_ref()
-                .is_some_and(|device| device.end.has_output());
             if let Some(until) = self.until
-                && (!waiting || self.outside.console.output().is_none() || Instant::now() >= until)
+                && (!self.lines.iter().any(Line::has_work) || Instant::now() >= until)
             {
                 return;
             }
-            self.sleep(&mut signals, waiting);
+            self.sleep(&mut signals);
         }
     }
 
-    /// Due ticks, and news for the console's device that could not be delivered before.
+    /// Due ticks, and news for devices that could not be delivered before.
     fn deliver(&mut self) {
-        let now = self.outside.clock.now();
-        for timed in &mut self.outside.timed {
+        let now = self.clock.now();
+        for timed in &mut self.timed {
             if timed.slot.take_due(now)
                 && timed.port.try_post(DeviceMessage::Tick) == Err(Some(DeviceMessage::Tick))
             {
                 // No credit: the device is busy. Again when it may have one.
-                timed.slot.set(Some(crate::devices::Nanos(now.0 + 1_000_000)));
+                timed.slot.set(Some(Nanos(now.0 + 1_000_000)));
             }
         }
-        self.give_typed();
-        let Some(device) = &mut self.outside.device else {
-            return;
-        };
-        if device.end.wants_output_ready() {
-            self.output_posted = false;
+        for line in &mut self.lines {
+            line.deliver();
         }
-        if !self.output_posted {
-            self.output_posted = !matches!(device.port.try_post(DeviceMessage::OutputReady), Err(Some(_)));
-        }
-        if !self.input_posted {
-            self.input_posted = !matches!(device.port.try_post(DeviceMessage::InputReady), Err(Some(_)));
-        }
-    }
-
-    /// Typed bytes into the ring.
-    fn give_typed(&mut self) {
-        if self.typed.is_empty() {
-            return;
-        }
-        let Some(device) = &mut self.outside.device else {
-            self.typed.clear();
-            return;
-        };
-        let given = device.end.give(&self.typed);
-        self.typed.drain(..given);
-        self.input_posted &= given == 0;
     }
 
     /// Sleeps until something happens, and takes what came through descriptors.
-    fn sleep(&mut self, signals: &mut Signals, waiting: bool) {
-        let timeout = self.timeout(waiting);
-        let console = &self.outside.console;
-        // What cannot be taken is not asked for: back-pressure to whoever types or pastes.
-        let input = console
-            .input()
-            .filter(|_| self.typed.is_empty() && self.until.is_none());
-        let output = console.output().filter(|_| waiting && self.connected);
+    fn sleep(&mut self, signals: &mut Signals) {
+        let timeout = self.timeout();
         // SAFETY: the descriptor belongs to `signals`, which outlives the poll.
         let signal_fd = unsafe { BorrowedFd::borrow_raw(signals.get_read().as_raw_fd()) };
         // SAFETY: as above, with the waker, an Arc held by `self`.
-        let waker_fd = unsafe { BorrowedFd::borrow_raw(self.outside.waker.as_raw_fd()) };
+        let waker_fd = unsafe { BorrowedFd::borrow_raw(self.waker.as_raw_fd()) };
         let mut polled = vec![
             PollFd::new(waker_fd, PollFlags::POLLIN),
             PollFd::new(signal_fd, PollFlags::POLLIN),
         ];
-        // A pseudo-terminal that nobody has opened would report that for ever; it is looked at now and then.
-        let input_at = input.filter(|_| self.connected).map(|fd| {
-            polled.push(PollFd::new(fd, PollFlags::POLLIN));
-            polled.len() - 1
-        });
-        let output_at = output.map(|fd| {
-            polled.push(PollFd::new(fd, PollFlags::POLLOUT));
-            polled.len() - 1
-        });
+        let stopping = self.until.is_some();
+        let mut at = |fd: Option<BorrowedFd<'_>>, flags| {
+            // SAFETY: the descriptor belongs to a console of `self`, which is not changed before the poll is over.
+            let fd = unsafe { BorrowedFd::borrow_raw(fd?.as_raw_fd()) };
+            polled.push(PollFd::new(fd, flags));
+            Some(polled.len() - 1)
+        };
+        let places: Vec<_> = self
+            .lines
+            .iter()
+            .map(|line| {
+                let input = at(line.wanted_input().filter(|_| !stopping), PollFlags::POLLIN);
+                (input, at(line.wanted_output(), PollFlags::POLLOUT))
+            })
+            .collect();
         let ready = match ppoll(&mut polled, timeout.map(TimeSpec::from), None::<SigSet>) {
             Ok(ready) => ready > 0,
             Err(Errno::EINTR) => false,
             Err(error) => {
-                error!(self.outside.log, "the event loop cannot wait"; "error" => error.desc());
+                error!(self.log, "the event loop cannot wait: {}", error.desc());
                 std::thread::sleep(LINGER);
                 false
             }
         };
-        let revents = |at: Option<usize>| {
-            at.filter(|_| ready)
-                .and_then(|at| polled[at].revents())
-                .unwrap_or(PollFlags::empty())
+        let fired = |at: Option<usize>| {
+            ready
+                && at
+                    .and_then(|at| polled[at].revents())
+                    .is_some_and(|events| !events.is_empty())
         };
-        let (woken, signalled) = (revents(Some(0)), revents(Some(1)));
-        let (readable, writable) = (revents(input_at), revents(output_at));
-        drop(polled);
-
-        if let Some(device) = &self.outside.device {
-            device.end.up();
+        if fired(Some(0)) {
+            let _ = self.waker.read();
         }
-        if !woken.is_empty() {
-            let _ = self.outside.waker.read();
-        }
-        if !signalled.is_empty() {
+        if fired(Some(1)) {
             for signal in signals.pending() {
-                (self.outside.machine)(HostEvent::Signal(signal));
+                (self.machine)(HostEvent::Signal(signal));
             }
         }
-        if self.outside.console.comes_and_goes {
-            self.look_for_peer();
-        }
-        if !readable.is_empty() && self.connected {
-            self.read_input();
-        }
-        if !writable.is_empty() || (waiting && (self.outside.console.output().is_none() || !self.connected)) {
-            self.write_output();
+        let fired: Vec<_> = places
+            .into_iter()
+            .map(|(input, output)| (fired(input), fired(output)))
+            .collect();
+        for (line, (readable, writable)) in self.lines.iter_mut().zip(fired) {
+            line.device.end.up();
+            line.look_for_peer();
+            if readable {
+                line.read_input(&*self.machine, &self.log);
+            }
+            if writable || line.nobody_listens() {
+                line.write_output(&self.log);
+            }
         }
     }
 
     /// How long to sleep: `None` for as long as nothing happens.
-    fn timeout(&mut self, waiting: bool) -> Option<Duration> {
-        let mut wanted: Vec<Duration> = Vec::with_capacity(4);
-        let now = self.outside.clock.now();
-        for timed in &self.outside.timed {
-            if let Some(deadline) = timed.slot.deadline() {
-                wanted.push(Duration::from_nanos(deadline.0.saturating_sub(now.0)));
-            }
+    fn timeout(&mut self) -> Option<Duration> {
+        let now = self.clock.now();
+        let deadlines = self.timed.iter().filter_map(|timed| timed.slot.deadline());
+        let deadline = deadlines
+            .map(|deadline| Duration::from_nanos(deadline.0.saturating_sub(now.0)))
+            .min();
+        let until = self
+            .until
+            .map(|until| until.saturating_duration_since(Instant::now()));
+        let lines = self.lines.iter_mut().filter_map(Line::timeout).min();
+        [deadline, until, lines].into_iter().flatten().min()
+    }
+}
+
+/// One character device's line to the outside.
+struct Line {
+    device: CharacterDevice,
+    escape: Escape,
+    /// Typed, but not yet in the ring.
+    typed: Vec<u8>,
+    /// When output last came; the loop lingers after it.
+    last_output: Option<Instant>,
+    /// Somebody is on the other side (of a pseudo-terminal; elsewhere always).
+    connected: bool,
+    /// Whether the device has been told of the input, or of the room, that there is. It has not if its mailbox had
+    /// no credit.
+    input_told: bool,
+    output_told: bool,
+}
+
+impl Line {
+    fn new(device: CharacterDevice) -> Line {
+        Line {
+            device,
+            escape: Escape::default(),
+            typed: Vec::new(),
+            last_output: None,
+            connected: true,
+            input_told: true,
+            output_told: true,
         }
-        if !self.input_posted || !self.output_posted {
+    }
+
+    /// Whether the device has sent something that somebody may still want.
+    fn has_work(&self) -> bool {
+        self.device.end.has_output() && !self.nobody_listens()
+    }
+
+    fn nobody_listens(&self) -> bool {
+        self.device.console.output().is_none() || !self.connected
+    }
+
+    /// What cannot be taken is not asked for: back-pressure to whoever types or pastes. A pseudo-terminal that
+    /// nobody has opened would report that for ever; it is looked at now and then.
+    fn wanted_input(&self) -> Option<BorrowedFd<'_>> {
+        self.device
+            .console
+            .input()
+            .filter(|_| self.typed.is_empty() && self.connected)
+    }
+
+    fn wanted_output(&self) -> Option<BorrowedFd<'_>> {
+        self.device
+            .console
+            .output()
+            .filter(|_| self.connected && self.device.end.has_output())
+    }
+
+    fn timeout(&mut self) -> Option<Duration> {
+        let mut wanted = Vec::with_capacity(3);
+        if !self.input_told || !self.output_told {
             wanted.push(Duration::from_millis(1));
         }
-        if let Some(until) = self.until {
-            wanted.push(until.saturating_duration_since(Instant::now()));
-        }
-        if self.outside.console.comes_and_goes && !self.connected {
+        if !self.connected {
             wanted.push(PTY_LOOK);
         }
-        if waiting && self.outside.console.output().is_none() {
+        let waiting = self.device.end.has_output();
+        if waiting && self.nobody_listens() {
             wanted.push(Duration::ZERO);
-        }
-        if !waiting && let Some(device) = &self.outside.device {
-            let lingers = self.last_output.is_some_and(|last| last.elapsed() < LINGER);
-            if lingers {
+        } else if !waiting {
+            if self.last_output.is_some_and(|last| last.elapsed() < LINGER) {
                 wanted.push(LINGER);
-            } else if !device.end.rest() {
+            } else if !self.device.end.rest() {
                 wanted.push(Duration::ZERO);
             }
         }
         wanted.into_iter().min()
     }
 
-    /// Whether somebody is on the other side of the pseudo-terminal.
+    fn deliver(&mut self) {
+        let CharacterDevice { end, port, .. } = &mut self.device;
+        if !self.typed.is_empty() {
+            let given = end.give(&self.typed);
+            self.typed.drain(..given);
+            self.input_told &= given == 0;
+        }
+        self.output_told &= !end.wants_output_ready();
+        if !self.output_told {
+            self.output_told = !matches!(port.try_post(DeviceMessage::OutputReady), Err(Some(_)));
+        }
+        if !self.input_told {
+            self.input_told = !matches!(port.try_post(DeviceMessage::InputReady), Err(Some(_)));
+        }
+    }
+
+    /// Whether somebody is on the other side of a pseudo-terminal.
     fn look_for_peer(&mut self) {
-        let Some(fd) = self.outside.console.input() else {
+        let console = &self.device.console;
+        let Some(fd) = console.input().filter(|_| console.comes_and_goes) else {
             return;
         };
         let mut polled = [PollFd::new(fd, PollFlags::POLLIN)];
-        let hung_up = matches!(
-            ppoll(&mut polled, Some(TimeSpec::from(Duration::ZERO)), None::<SigSet>),
-            Ok(1..)
-        ) && polled[0]
-            .revents()
-            .is_some_and(|events| events.contains(PollFlags::POLLHUP));
-        self.connected = !hung_up;
+        let events = match ppoll(&mut polled, Some(TimeSpec::from(Duration::ZERO)), None::<SigSet>) {
+            Ok(1..) => polled[0].revents(),
+            _ => None,
+        };
+        self.connected = !events.is_some_and(|events| events.contains(PollFlags::POLLHUP));
     }
 
-    fn read_input(&mut self) {
-        let Some(fd) = self.outside.console.input() else {
-            return;
-        };
+    fn read_input(&mut self, machine: &dyn Fn(HostEvent), log: &Logger) {
+        let console = &mut self.device.console;
+        let Some(fd) = console.input() else { return };
         let mut bytes = [0; RING_BYTES / 2];
         match nix::unistd::read(fd, &mut bytes) {
-            Ok(0) => self.outside.console.close_input(),
+            Ok(0) => console.close_input(),
+            Ok(length) if !console.interactive => self.typed.extend_from_slice(&bytes[..length]),
             Ok(length) => {
                 for byte in &bytes[..length] {
-                    if !self.outside.console.interactive {
-                        self.typed.push(*byte);
-                    } else if let Some(command) = self.escape.feed(*byte, &mut self.typed) {
-                        match command {
-                            Command::Quit => (self.outside.machine)(HostEvent::Quit),
-                            Command::Help => hostlog::print(HELP.trim_end()),
-                        }
+                    match self.escape.feed(*byte, &mut self.typed) {
+                        Some(Command::Quit) => machine(HostEvent::Quit),
+                        Some(Command::Help) => hostlog::print(HELP.trim_end()),
+                        None => {}
                     }
                 }
             }
             Err(Errno::EINTR | Errno::EAGAIN) => {}
             // The other side of a pseudo-terminal has gone; `look_for_peer` sees to it.
-            Err(Errno::EIO) if self.outside.console.comes_and_goes => {}
+            Err(Errno::EIO) if console.comes_and_goes => {}
             Err(error) => {
-                info!(self.outside.log, "no more console input"; "error" => error.desc());
-                self.outside.console.close_input();
+                info!(log, "no more input from {}: {}", console.name, error.desc());
+                console.close_input();
             }
         }
     }
 
-    fn write_output(&mut self) {
-        let Some(device) = &mut self.outside.device else {
-            return;
-        };
+    fn write_output(&mut self, log: &Logger) {
+        let nobody = self.nobody_listens();
+        let CharacterDevice { console, end, .. } = &mut self.device;
         self.last_output = Some(Instant::now());
-        let chunk = device.end.output();
+        let chunk = end.output();
         let (first, _) = chunk.as_slices();
         let bytes = &first[..first.len().min(WRITE_BYTES)];
-        let Some(fd) = self.outside.console.output().filter(|_| self.connected) else {
-            // Nobody listens: the bytes are gone, as on a wire that is not plugged in.
+        let Some(fd) = console.output().filter(|_| !nobody) else {
+            // The bytes are gone, as on a wire that is not plugged in.
             chunk.commit_all();
             return;
         };
@@ -389,14 +426,14 @@ impl Running {
             Ok(written) => chunk.commit(written),
             Err(Errno::EINTR | Errno::EAGAIN) => {}
             Err(error) => {
-                let name = &self.outside.console.name;
-                let message = format!(
-                    "the console's output to {name} is lost from here on: {}",
+                error!(
+                    log,
+                    "output to {} is lost from here on: {}",
+                    console.name,
                     error.desc()
                 );
-                error!(self.outside.log, "{message}");
                 chunk.commit_all();
-                self.outside.console.close_output();
+                console.close_output();
             }
         }
     }

@@ -11,7 +11,7 @@ use crate::devices::i8042::I8042;
 use crate::devices::pci_config::PciConfig;
 use crate::devices::pvpanic::Pvpanic;
 use crate::devices::rtc::{MemorySize, Rtc};
-use crate::devices::shell::{DeviceMessage, InterruptLine, Shell, Surroundings};
+use crate::devices::shell::{InterruptLine, Shell, Surroundings};
 use crate::devices::uart16550::Uart16550;
 use crate::devices::{Access, AccessClass, Claim, Device, Direction};
 use crate::devices::{acpi_pm, debug_console, debug_exit, i8042, pci_config, pvpanic, rtc, uart16550};
@@ -24,8 +24,16 @@ use crossbeam_channel::Sender;
 use std::sync::Arc;
 
 /// The names that `--placement NAME=…` takes.
-pub const DEVICE_NAMES: [&str; 8] =
-    ["serial0", "rtc", "i8042", "acpi_pm", "debug_exit", "debug_console", "pvpanic", "pci_config"];
+pub const DEVICE_NAMES: [&str; 8] = [
+    "serial0",
+    "rtc",
+    "i8042",
+    "acpi_pm",
+    "debug_exit",
+    "debug_console",
+    "pvpanic",
+    "pci_config",
+];
 
 /// How many threads a pool has. Register handlers are short; what blocks has a thread of its own elsewhere.
 const POOL_THREADS: usize = 2;
@@ -115,7 +123,11 @@ impl Chipset {
             Part {
                 line: Some(lines.edge(io::SERIAL0_IRQ)?),
                 console: Some(console),
-                ..part(Box::new(Uart16550::new("serial0")), io::SERIAL0, uart16550::CLAIMS)
+                ..part(
+                    Box::new(Uart16550::new("serial0")),
+                    io::SERIAL0,
+                    uart16550::CLAIMS,
+                )
             },
             Part {
                 line: Some(lines.edge(io::RTC_IRQ)?),
@@ -128,7 +140,11 @@ impl Chipset {
             },
             Part {
                 console: Some(debug_console),
-                ..part(Box::new(DebugConsole::new()), io::DEBUG_CONSOLE, debug_console::CLAIMS)
+                ..part(
+                    Box::new(DebugConsole::new()),
+                    io::DEBUG_CONSOLE,
+                    debug_console::CLAIMS,
+                )
             },
             part(Box::new(I8042::new()), io::I8042, i8042::CLAIMS),
             part(Box::new(DebugExit::new()), io::DEBUG_EXIT, debug_exit::CLAIMS),
@@ -144,7 +160,11 @@ impl Chipset {
             timed: Vec::new(),
         };
         for part in parts {
-            let wanted = config.placements.iter().rev().find(|(name, _)| name == part.device.name());
+            let wanted = config
+                .placements
+                .iter()
+                .rev()
+                .find(|(name, _)| name == part.device.name());
             let placement = match wanted.map_or(PlacementKind::default(), |(_, kind)| *kind) {
                 PlacementKind::Handoff => Placement::Handoff,
                 PlacementKind::Thread => Placement::Thread,
@@ -159,7 +179,14 @@ impl Chipset {
     }
 
     fn add(&mut self, part: Part, placement: Placement, config: &ChipsetConfig<'_>) -> std::io::Result<()> {
-        let Part { device, base, claims, line, console, timed } = part;
+        let Part {
+            device,
+            base,
+            claims,
+            line,
+            console,
+            timed,
+        } = part;
         let (name, classify) = (device.name(), device.classify());
         let (character, host_end) = match console {
             Some(console) => {
@@ -188,12 +215,24 @@ impl Chipset {
         )?;
         let connect = || spawned.address.connect().expect("lanes were counted");
         if let Some((console, end)) = host_end {
-            self.characters.push(CharacterDevice { console, end, port: connect() });
+            self.characters.push(CharacterDevice {
+                console,
+                end,
+                port: connect(),
+            });
         }
         if let Some(slot) = timer {
-            self.timed.push(TimedDevice { slot, port: connect() });
+            self.timed.push(TimedDevice {
+                slot,
+                port: connect(),
+            });
         }
-        self.devices.push(Placed { spawned, base, claims, classify });
+        self.devices.push(Placed {
+            spawned,
+            base,
+            claims,
+            classify,
+        });
         Ok(())
     }
 
@@ -203,14 +242,19 @@ impl Chipset {
         for placed in &self.devices {
             let device = table.connect(placed.spawned.address.connect().expect("lanes were counted"));
             for claim in placed.claims {
-                let start = u64::from(placed.base) + u64::from(claim.offset);
+                let start = u64::from(placed.base) + claim.offset;
                 let route = Route {
                     start,
-                    last: start + u64::from(claim.length) - 1,
-                    base: u64::from(claim.offset),
-                    target: Target::Device { device, classify: placed.classify },
+                    last: start + claim.len - 1,
+                    base: claim.offset,
+                    target: Target::Device {
+                        device,
+                        classify: placed.classify,
+                    },
                 };
-                table.insert(Space::Pio, route).expect("the layout has no overlaps");
+                table
+                    .insert(Space::Pio, route)
+                    .expect("the layout has no overlaps");
             }
         }
         let timer = Route {
@@ -219,22 +263,25 @@ impl Chipset {
             base: 0,
             target: Target::Published(self.pm_timer.clone()),
         };
-        table.insert(Space::Pio, timer).expect("the layout has no overlaps");
+        table
+            .insert(Space::Pio, timer)
+            .expect("the layout has no overlaps");
         table
     }
 
     /// The machine actor's ports, by name.
     pub fn ports(&self) -> Vec<Port<Shell>> {
-        self.devices.iter().map(|placed| placed.spawned.address.connect().expect("lanes were counted")).collect()
+        self.devices
+            .iter()
+            .map(|placed| placed.spawned.address.connect().expect("lanes were counted"))
+            .collect()
     }
 
     /// Takes the threads of devices that have their own.
     pub fn take_threads(&mut self) -> Vec<std::thread::JoinHandle<()>> {
-        self.devices.iter_mut().filter_map(|placed| placed.spawned.thread.take()).collect()
+        self.devices
+            .iter_mut()
+            .filter_map(|placed| placed.spawned.thread.take())
+            .collect()
     }
-}
-
-/// What a device is told about the machine's life.
-pub fn lifecycle(event: crate::actors::Lifecycle) -> DeviceMessage {
-    DeviceMessage::Lifecycle(event)
 }

@@ -88,7 +88,8 @@ impl fmt::Display for Outcome {
             Outcome::InternalError(_) => f.write_str("internal error"),
             Outcome::TimedOut(state) => write!(f, "--timeout was over; the machine was {state}"),
             Outcome::Signal(signal) => {
-                let name = nix::sys::signal::Signal::try_from(*signal).map_or("a signal", |signal| signal.as_str());
+                let name =
+                    nix::sys::signal::Signal::try_from(*signal).map_or("a signal", |signal| signal.as_str());
                 write!(f, "ended by {name}")
             }
             Outcome::Quit => f.write_str("ended from the console"),
@@ -112,6 +113,9 @@ mod tests {
         ]
         .map(|outcome| outcome.status());
         assert_eq!(ours, [0, 10, 12, 16, 143, 130]);
-        assert_eq!([0, 1, 16, 63, 64, 255].map(|v| Outcome::GuestExit(v).status()), [1, 3, 33, 127, 127, 127]);
+        assert_eq!(
+            [0, 1, 16, 63, 64, 255].map(|v| Outcome::GuestExit(v).status()),
+            [1, 3, 33, 127, 127, 127]
+        );
     }
 }

@@ -89,8 +89,16 @@ mod tests {
             (Stopping, Transition::Stopped, Stopped),
         ];
         for state in [Created, Running, Stopping, Stopped, InternalError] {
-            for transition in [Transition::Start, Transition::Stop, Transition::Stopped, Transition::Fail] {
-                let expected = allowed.iter().find(|a| (a.0, a.1) == (state, transition)).map(|a| a.2);
+            for transition in [
+                Transition::Start,
+                Transition::Stop,
+                Transition::Stopped,
+                Transition::Fail,
+            ] {
+                let expected = allowed
+                    .iter()
+                    .find(|a| (a.0, a.1) == (state, transition))
+                    .map(|a| a.2);
                 assert_eq!(state.after(transition).ok(), expected, "{state} {transition:?}");
             }
         }

@@ -4,7 +4,7 @@
 //! (it must answer while anybody else is stuck): it sends, and waits for news with a limit. Rank: supervisor. Ends:
 //! when everything else has, or when what is stuck has had its time.
 
-use super::chipset::{Chipset, ChipsetConfig, DEVICE_NAMES, Lines, lifecycle};
+use super::chipset::{Chipset, ChipsetConfig, DEVICE_NAMES, Lines};
 use super::memory::{self, MemoryConfig, MemoryError};
 use super::outcome::Outcome;
 use super::state::{State, Transition};
@@ -15,15 +15,14 @@ use crate::boot::{self, AcpiConfig, BootConfig, BootError, EntryPoint};
 use crate::clock::Clock;
 use crate::devices::MachineRequest;
 use crate::devices::rtc::MemorySize;
-use crate::devices::shell::{InterruptLine, Shell};
+use crate::devices::shell::{DeviceMessage, InterruptLine, Shell};
 use crate::host::console::{Console, ConsoleError, ConsoleKind};
 use crate::host::events::{self, EventLoop, EventLoopHandle, HostEvent};
-use crate::host::terminal;
 use crate::vcpu::backend::Backend;
 use crate::vcpu::exit::SystemEvent;
 use crate::vcpu::route::Space;
 use crate::vcpu::{End, Vcpu, VcpuEvent, VcpuHandle, VcpuMessage, VcpuNews, kick, vcpu_mailbox};
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, select};
 use slog::{Logger, crit, debug, error, info, o, warn};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -83,8 +82,11 @@ pub enum StartError {
     #[error(transparent)]
     Boot(#[from] BootError),
     /// No such device.
-    #[error("--placement names no device '{0}'; there are {}", DEVICE_NAMES.join(", "))]
-    NoSuchDevice(String),
+    #[error("--placement names no device '{name}'; there are {}", DEVICE_NAMES.join(", "))]
+    NoSuchDevice {
+        /// As given.
+        name: String,
+    },
     /// Too many or no vCPUs.
     #[error("--cpus must be 1 to {MAX_CPUS}, not {0}")]
     Cpus(usize),
@@ -111,7 +113,7 @@ impl StartError {
         matches!(
             self,
             StartError::Boot(_)
-                | StartError::NoSuchDevice(_)
+                | StartError::NoSuchDevice { .. }
                 | StartError::Cpus(_)
                 | StartError::Console(ConsoleError::File { .. })
                 | StartError::Image
@@ -144,8 +146,12 @@ pub fn run(config: &MachineConfig, log: &Logger) -> Result<Outcome, StartError> 
     if !(1..=MAX_CPUS).contains(&config.cpus) {
         return Err(StartError::Cpus(config.cpus));
     }
-    if let Some((name, _)) = config.placements.iter().find(|(name, _)| !DEVICE_NAMES.contains(&name.as_str())) {
-        return Err(StartError::NoSuchDevice(name.clone()));
+    if let Some((name, _)) = config
+        .placements
+        .iter()
+        .find(|(name, _)| !DEVICE_NAMES.contains(&name.as_str()))
+    {
+        return Err(StartError::NoSuchDevice { name: name.clone() });
     }
     // What can be wrong with the user's files is found before the host is asked for anything.
     let memory = memory::create(&config.memory)?;
@@ -238,7 +244,9 @@ fn load(
         }
         Guest::Image { bytes, at, entry } => {
             use vm_memory::{Bytes, GuestAddress};
-            memory.write_slice(bytes, GuestAddress(*at)).map_err(|_| StartError::Image)?;
+            memory
+                .write_slice(bytes, GuestAddress(*at))
+                .map_err(|_| StartError::Image)?;
             boot::entry::write_tables(memory, entry).map_err(|_| StartError::Image)?;
             *entry
         }
@@ -282,13 +290,22 @@ impl Machine {
             // A machine that is gone does not care.
             let tell = Box::new(move |what: VcpuNews| drop(news.send(MachineMessage::Vcpu(what))));
             let vcpu = Vcpu::new(index, backend, routes, inbox, tell);
-            let thread = std::thread::Builder::new().name(format!("vcpu{index}")).spawn(move || vcpu.run())?;
-            self.vcpus.push(RunningVcpu { handle, thread: Some(thread), stopped: false });
+            let thread = std::thread::Builder::new()
+                .name(format!("vcpu{index}"))
+                .spawn(move || vcpu.run())?;
+            self.vcpus.push(RunningVcpu {
+                handle,
+                thread: Some(thread),
+                stopped: false,
+            });
         }
         let mut ready = 0;
         while ready < expected {
             match self.mailbox.recv() {
-                Ok(MachineMessage::Vcpu(VcpuNews { what: VcpuEvent::Ready, .. })) => ready += 1,
+                Ok(MachineMessage::Vcpu(VcpuNews {
+                    what: VcpuEvent::Ready,
+                    ..
+                })) => ready += 1,
                 // A signal before the start is found again by `supervise`, which must not miss it.
                 Ok(other) => {
                     let _ = news.try_send(other);
@@ -313,7 +330,7 @@ impl Machine {
     fn supervise(&mut self) -> Outcome {
         self.go(Transition::Start);
         for device in &mut self.devices {
-            let _ = device.try_post(lifecycle(Lifecycle::Start));
+            let _ = device.try_post(DeviceMessage::Lifecycle(Lifecycle::Start));
         }
         for vcpu in &self.vcpus {
             vcpu.handle.send(VcpuMessage::Lifecycle(Lifecycle::Start));
@@ -330,7 +347,9 @@ impl Machine {
                     }
                 }
                 Err(RecvTimeoutError::Timeout) => break Outcome::TimedOut(self.state),
-                Err(RecvTimeoutError::Disconnected) => unreachable!("vCPUs hold senders until they are stopped"),
+                Err(RecvTimeoutError::Disconnected) => {
+                    unreachable!("vCPUs hold senders until they are stopped")
+                }
             }
         };
         if let Outcome::InternalError(diagnosis) = &outcome {
@@ -355,8 +374,12 @@ impl Machine {
             MachineMessage::Host(HostEvent::Signal(signal)) => Some(Outcome::Signal(signal)),
             MachineMessage::Host(HostEvent::Quit) => Some(Outcome::Quit),
             MachineMessage::Died(obituary) => {
-                error!(self.log, "device {} died and reads all-ones from now on; this is a bug: {}",
-                    obituary.actor, obituary.cause);
+                error!(
+                    self.log,
+                    "device {} died and reads all-ones from now on; this is a bug: {}",
+                    obituary.actor,
+                    obituary.cause
+                );
                 None
             }
             MachineMessage::Vcpu(VcpuNews { vcpu, what }) => match what {
@@ -366,13 +389,37 @@ impl Machine {
                     SystemEvent::Reset => Outcome::Reset,
                     SystemEvent::Crash => Outcome::GuestPanic,
                     SystemEvent::Other(kind) => {
-                        warn!(self.log, "vcpu{vcpu}: KVM system event {kind}, taken as a request to reset");
+                        warn!(
+                            self.log,
+                            "vcpu{vcpu}: KVM system event {kind}, taken as a request to reset"
+                        );
                         Outcome::Reset
                     }
                 }),
                 VcpuEvent::Halted(End::InternalError(diagnosis)) => Some(Outcome::InternalError(diagnosis)),
                 VcpuEvent::Ready | VcpuEvent::Paused | VcpuEvent::Stopped(_) => None,
             },
+        }
+    }
+
+    /// Has the event loop write what the guest has sent, and end. A signal meanwhile cuts that short.
+    fn drain_output(&mut self, limit: Duration) {
+        self.event_loop.stop(limit);
+        let deadline = crossbeam_channel::after(limit + Duration::from_millis(200));
+        loop {
+            select! {
+                recv(self.event_loop.ended()) -> _ => return,
+                recv(self.mailbox) -> message => match message {
+                    Ok(MachineMessage::Host(_)) => return,
+                    Ok(_) => {}
+                    // Nobody is left to send.
+                    Err(_) => {
+                        let _ = self.event_loop.ended().recv_timeout(limit);
+                        return;
+                    }
+                },
+                recv(deadline) -> _ => return,
+            }
         }
     }
 
@@ -385,7 +432,10 @@ impl Machine {
         let deadline = Instant::now() + VCPU_LIMIT;
         while self.vcpus.iter().any(|vcpu| !vcpu.stopped) {
             match self.mailbox.recv_deadline(deadline) {
-                Ok(MachineMessage::Vcpu(VcpuNews { vcpu, what: VcpuEvent::Stopped(unclaimed) })) => {
+                Ok(MachineMessage::Vcpu(VcpuNews {
+                    vcpu,
+                    what: VcpuEvent::Stopped(unclaimed),
+                })) => {
                     self.vcpus[vcpu].stopped = true;
                     for (space, start, count) in unclaimed {
                         let space = match space {
@@ -407,7 +457,7 @@ impl Machine {
                 warn!(self.log, "vcpu{index} did not end in time and is left behind");
             }
         }
-        self.event_loop.stop(output_limit);
+        self.drain_output(output_limit);
         for device in &mut self.devices {
             device.stop_later();
         }
@@ -417,7 +467,5 @@ impl Machine {
             }
         }
         self.go(Transition::Stopped);
-        // Nothing may scroll over the terminal's restoration.
-        let _ = terminal::is_raw();
     }
 }

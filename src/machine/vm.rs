@@ -44,9 +44,13 @@ pub enum VmError {
 
 fn remedy(error: kvm_ioctls::Error) -> &'static str {
     match error.errno() {
-        libc::ENOENT => "it is not there; load the kvm-intel or kvm-amd module, or switch virtualization on in the \
-                         firmware (or, inside a VM, nested virtualization on its host)",
-        libc::EACCES | libc::EPERM => "no permission; run as root or join the group that owns it (usually kvm)",
+        libc::ENOENT => {
+            "it is not there; load the kvm-intel or kvm-amd module, or switch virtualization on in the \
+                         firmware (or, inside a VM, nested virtualization on its host)"
+        }
+        libc::EACCES | libc::EPERM => {
+            "no permission; run as root or join the group that owns it (usually kvm)"
+        }
         libc::EMFILE | libc::ENFILE => "too many open files; raise ulimit -n",
         _ => "the kernel refuses; see dmesg",
     }
@@ -92,14 +96,19 @@ impl Vm {
         }
         let allowed = kvm.get_max_vcpus();
         if vcpus > allowed {
-            return Err(VmError::TooManyVcpus { wanted: vcpus, allowed });
+            return Err(VmError::TooManyVcpus {
+                wanted: vcpus,
+                allowed,
+            });
         }
         let fd = kvm.create_vm().map_err(refused("KVM_CREATE_VM"))?;
         if vcpus > XAPIC_IDS {
             let cap = kvm::kvm_enable_cap {
                 cap: kvm::KVM_CAP_X2APIC_API,
                 args: [
-                    u64::from(kvm::KVM_X2APIC_API_USE_32BIT_IDS | kvm::KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK),
+                    u64::from(
+                        kvm::KVM_X2APIC_API_USE_32BIT_IDS | kvm::KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
+                    ),
                     0,
                     0,
                     0,
@@ -109,11 +118,19 @@ impl Vm {
             fd.enable_cap(&cap).map_err(refused("KVM_CAP_X2APIC_API"))?;
         }
         // Only Intel hosts use these, and only without "unrestricted guest"; harmless elsewhere. Before any vCPU.
-        fd.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(refused("KVM_SET_IDENTITY_MAP_ADDR"))?;
-        fd.set_tss_address(layout::KVM_TSS as usize).map_err(refused("KVM_SET_TSS_ADDR"))?;
+        fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+            .map_err(refused("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        fd.set_tss_address(layout::KVM_TSS as usize)
+            .map_err(refused("KVM_SET_TSS_ADDR"))?;
         for (slot, region) in memory.iter().enumerate() {
-            let what = format!("{} bytes of guest memory at {:#x}", region.len(), region.start_addr().raw_value());
-            let host = memory.get_host_address(region.start_addr()).expect("a region contains its own start");
+            let what = format!(
+                "{} bytes of guest memory at {:#x}",
+                region.len(),
+                region.start_addr().raw_value()
+            );
+            let host = memory
+                .get_host_address(region.start_addr())
+                .expect("a region contains its own start");
             let region = kvm::kvm_userspace_memory_region {
                 slot: slot as u32,
                 flags: 0,
@@ -128,15 +145,28 @@ impl Vm {
         if irqchip {
             fd.create_irq_chip().map_err(refused("KVM_CREATE_IRQCHIP"))?;
             // Port 0x61 too: Linux's own calibration of the TSC looks at the PIT's output there.
-            let pit = kvm::kvm_pit_config { flags: kvm::KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+            let pit = kvm::kvm_pit_config {
+                flags: kvm::KVM_PIT_SPEAKER_DUMMY,
+                ..Default::default()
+            };
             fd.create_pit2(pit).map_err(refused("KVM_CREATE_PIT2"))?;
         }
-        let mapped = kvm.get_vcpu_mmap_size().map_err(refused("KVM_GET_VCPU_MMAP_SIZE"))?;
+        let mapped = kvm
+            .get_vcpu_mmap_size()
+            .map_err(refused("KVM_GET_VCPU_MMAP_SIZE"))?;
         let sync_regs = kvm.check_extension_int(Cap::SyncRegs);
         let cpuid = kvm
             .get_supported_cpuid(kvm::KVM_MAX_CPUID_ENTRIES)
             .map_err(refused("KVM_GET_SUPPORTED_CPUID"))?;
-        Ok(Vm { kvm, fd: Arc::new(fd), memory, mapped, sync_regs, irqchip, cpuid })
+        Ok(Vm {
+            kvm,
+            fd: Arc::new(fd),
+            memory,
+            mapped,
+            sync_regs,
+            irqchip,
+            cpuid,
+        })
     }
 
     /// Makes a vCPU with its CPUID, and in the state of a processor after reset.
@@ -145,16 +175,27 @@ impl Vm {
     /// See [`VmError`].
     pub fn vcpu(&self, index: usize, topology: &cpuid::Topology) -> Result<VcpuFd, VmError> {
         let what = |ioctl: &str| refused(format!("{ioctl} for vcpu{index}"));
-        let fd = self.fd.create_vcpu(index as u64).map_err(what("KVM_CREATE_VCPU"))?;
-        let entries = cpuid::for_vcpu(self.cpuid.as_slice(), index as u32, topology, self.features());
+        let fd = self
+            .fd
+            .create_vcpu(topology.apic_id(index as u32).into())
+            .map_err(what("KVM_CREATE_VCPU"))?;
+        let entries = cpuid::guest_entries(self.cpuid.as_slice(), topology, index as u32, &self.features());
         let cpuid = kvm::CpuId::from_entries(&entries)
             .map_err(|_| VmError::Lacks("room for the CPUID entries of this processor"))?;
         fd.set_cpuid2(&cpuid).map_err(what("KVM_SET_CPUID2"))?;
         let msrs = kvm::Msrs::from_entries(&[
             // Fast string operations on, as firmware leaves it [SDM 4: IA32_MISC_ENABLE].
-            kvm::kvm_msr_entry { index: 0x1a0, data: 1, ..Default::default() },
+            kvm::kvm_msr_entry {
+                index: 0x1a0,
+                data: 1,
+                ..Default::default()
+            },
             // Variable ranges off, everything write-back, as firmware would leave RAM [SDM 3A §12.11.2.1].
-            kvm::kvm_msr_entry { index: 0x2ff, data: 1 << 11 | 6, ..Default::default() },
+            kvm::kvm_msr_entry {
+                index: 0x2ff,
+                data: 1 << 11 | 6,
+                ..Default::default()
+            },
         ])
         .expect("two entries fit");
         // A host that knows fewer takes fewer; the guest then sees the reset value.
@@ -179,7 +220,10 @@ impl Vm {
     }
 
     fn features(&self) -> cpuid::Features {
-        cpuid::Features { tsc_deadline_timer: self.irqchip && self.kvm.check_extension(Cap::TscDeadlineTimer) }
+        cpuid::Features {
+            tsc_deadline: self.irqchip && self.kvm.check_extension(Cap::TscDeadlineTimer),
+            tsc_khz: None,
+        }
     }
 
     /// An edge-triggered interrupt line by irqfd: what ISA devices have.
@@ -188,13 +232,18 @@ impl Vm {
     /// See [`VmError`].
     pub fn edge_line(&self, gsi: u32) -> Result<Box<dyn InterruptLine>, VmError> {
         let eventfd = EventFd::new(libc::EFD_NONBLOCK).map_err(VmError::EventFd)?;
-        self.fd.register_irqfd(&eventfd, gsi).map_err(refused(format!("KVM_IRQFD for interrupt {gsi}")))?;
+        self.fd
+            .register_irqfd(&eventfd, gsi)
+            .map_err(refused(format!("KVM_IRQFD for interrupt {gsi}")))?;
         Ok(Box::new(EdgeLine(eventfd)))
     }
 
     /// A level-triggered interrupt line: what the ACPI SCI has.
     pub fn level_line(&self, gsi: u32) -> Box<dyn InterruptLine> {
-        Box::new(LevelLine { vm: self.fd.clone(), gsi })
+        Box::new(LevelLine {
+            vm: self.fd.clone(),
+            gsi,
+        })
     }
 }
 
