@@ -146,8 +146,10 @@ impl BzImage {
         image.read_exact(&mut size, payload.end.saturating_sub(4).max(payload.start))?;
         let size = u64::from(u32::from_le_bytes(size));
         if size > low_end {
+            let room = self.init_bytes().max(size);
+            let needed = self.header.pref_address.max(layout::HIMEM).saturating_add(room);
             return Err(KernelError::NotEnoughMemory {
-                needed: layout::HIMEM + size,
+                needed,
                 available: low_end,
             });
         }

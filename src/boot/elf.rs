@@ -13,7 +13,7 @@ use std::io::{self, Write};
 use linux_loader::elf::{
     EI_CLASS, EI_DATA, ELFCLASS64, ELFDATA2LSB, Elf64_Ehdr, Elf64_Nhdr, Elf64_Phdr, PT_LOAD, PT_NOTE,
 };
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use super::file::ImageFile;
 use super::kernel::KernelError;
@@ -334,6 +334,13 @@ impl<'a, M: GuestMemoryBackend> ElfSink<'a, M> {
         self.position
     }
 
+    /// Nothing of what is still to come will be loaded.
+    pub fn is_complete(&self) -> bool {
+        self.layout
+            .as_ref()
+            .is_some_and(|layout| self.position >= layout.file_end())
+    }
+
     /// The stream is over.
     pub fn finish(self) -> Result<LoadedElf, KernelError> {
         match self.layout {
@@ -382,7 +389,7 @@ fn place<M: GuestMemoryBackend>(
 ) -> Result<(), KernelError> {
     for segment in &layout.segments {
         if let Some((at, part)) = overlap(segment.offset, segment.file_bytes, start, bytes) {
-            memory.write_slice(part, GuestAddress(segment.address + at))?;
+            write_nonzero(memory, part, segment.address + at)?;
         }
     }
     for ((offset, length), note) in layout.notes.iter().zip(notes) {
@@ -391,6 +398,36 @@ fn place<M: GuestMemoryBackend>(
         }
     }
     Ok(())
+}
+
+/// Writes all pages but those of zeros, which fresh memory has already: a kernel has megabytes of them, and each
+/// page that is not touched saves a fault now and the host's memory as long as the guest does not need it.
+fn write_nonzero<M: GuestMemoryBackend>(
+    memory: &M,
+    mut bytes: &[u8],
+    mut address: u64,
+) -> Result<(), GuestMemoryError> {
+    const PAGE_BYTES: u64 = 4096;
+    // Pages in one go, as far as they are alike.
+    let mut run = 0;
+    while run < bytes.len() {
+        let to_boundary = (PAGE_BYTES - (address + run as u64) % PAGE_BYTES) as usize;
+        let page = &bytes[run..bytes.len().min(run + to_boundary)];
+        if !is_zero(page) {
+            run += page.len();
+            continue;
+        }
+        memory.write_slice(&bytes[..run], GuestAddress(address))?;
+        address += (run + page.len()) as u64;
+        bytes = &bytes[run + page.len()..];
+        run = 0;
+    }
+    memory.write_slice(bytes, GuestAddress(address))
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    let (words, rest) = bytes.as_chunks::<32>();
+    words.iter().all(|word| *word == [0; 32]) && rest.iter().all(|byte| *byte == 0)
 }
 
 /// The part of `bytes` (at `start`) that falls into `length` bytes at `offset`, and how far into them.
@@ -649,6 +686,32 @@ pub(crate) mod tests {
         }
         assert!(load(&file[..20]).is_err());
         assert!(load(&file[..100]).is_err());
+    }
+
+    #[test]
+    fn pages_of_zeros_are_not_written() {
+        let memory = memory();
+        let at = 0x10_0800u64;
+        memory
+            .write_slice(&[0xee; 0x5000], GuestAddress(0x10_0000))
+            .unwrap();
+        let mut bytes = vec![0; 0x4000];
+        (bytes[0], bytes[0x1900], bytes[0x3fff]) = (1, 2, 3);
+        write_nonzero(&memory, &bytes, at).unwrap();
+        let byte = |address: u64| memory.read_obj::<u8>(GuestAddress(address)).unwrap();
+        assert_eq!((byte(at), byte(at + 1), byte(0x10_0fff)), (1, 0, 0));
+        assert_eq!(
+            (byte(0x10_1000), byte(0x10_1fff)),
+            (0xee, 0xee),
+            "a page of zeros"
+        );
+        assert_eq!((byte(0x10_2000), byte(at + 0x1900), byte(0x10_2fff)), (0, 2, 0));
+        assert_eq!(
+            (byte(0x10_3000), byte(0x10_3fff)),
+            (0xee, 0xee),
+            "a page of zeros"
+        );
+        assert_eq!((byte(0x10_4000), byte(0x10_47ff), byte(0x10_4800)), (0, 3, 0xee));
     }
 
     proptest! {

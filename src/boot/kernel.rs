@@ -66,8 +66,8 @@ pub enum KernelError {
     Corrupt(&'static str),
     /// Does not fit RAM.
     #[error(
-        "it asks for {} of memory and the machine has {}; give --memory {}M or more",
-        human(*.needed), human(*.available), .needed.div_ceil(1 << 20)
+        "it asks for {mib} MiB of memory and the machine has {}; give --memory {mib}M or more",
+        human(*.available), mib = .needed.div_ceil(1 << 20)
     )]
     NotEnoughMemory {
         /// Bytes of RAM from address 0 that it needs.
