@@ -163,11 +163,11 @@ pub fn run(args: &Args) -> Result<bool> {
         Event::Sample(sample) => {
             if args.samples || args.dmesg {
                 println!(
-                    "  {:<18} {:>8.0} ms  {:>7} KiB outside guest RAM ({} KiB private)",
+                    "  {:<18} {:>8.0} ms  {:>7} KiB outside guest RAM ({} KiB anonymous)",
                     sample.vmm,
                     sample.exec_to_init_us as f64 / 1000.0,
                     sample.outside_kib,
-                    sample.private_kib
+                    sample.anonymous_kib
                 );
             }
             samples.entry(sample.vmm.clone()).or_default().push(sample);
@@ -191,13 +191,13 @@ fn print_summary(vmms: &[Contender], samples: &BTreeMap<String, Vec<Sample>>) {
     println!("                      exec to /init, ms                    outside guest RAM, KiB");
     println!(
         "  {:<18} {:>7} {:>7} {:>7} {:>7}   {:>8} {:>8} {:>7}  runs",
-        "", "median", "min", "max", "ratio", "median", "private", "ratio"
+        "", "median", "min", "max", "ratio", "median", "anon", "ratio"
     );
     for vmm in vmms {
         let name = vmm.name();
         let Some(own) = samples.get(&name) else { continue };
         let (time, memory) = (time(own), memory(own));
-        let private = spread(own.iter().map(|s| s.private_kib as f64)).median;
+        let anon = spread(own.iter().map(|s| s.anonymous_kib as f64)).median;
         let ratio = |value: f64, of: fn(&(Spread, Spread)) -> f64| match &reference {
             Some(reference) => format!("{:.2}", value / of(reference)),
             None => "-".to_owned(),
@@ -209,7 +209,7 @@ fn print_summary(vmms: &[Contender], samples: &BTreeMap<String, Vec<Sample>>) {
             time.max,
             ratio(time.median, |r| r.0.median),
             memory.median,
-            private,
+            anon,
             ratio(memory.median, |r| r.1.median),
             own.len()
         );
@@ -219,7 +219,7 @@ fn print_summary(vmms: &[Contender], samples: &BTreeMap<String, Vec<Sample>>) {
         "Ratios are to `{REFERENCE}`. Memory is the sum of Rss in smaps without the mappings of guest RAM (the"
     );
     println!(
-        "largest mapping, with all of its file), when the guest has reached /init; private is the part written to."
+        "largest mapping, with all of its file), when the guest has reached /init; anon the part\nthat is no file: heap, stacks, tables."
     );
 }
 

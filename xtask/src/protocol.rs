@@ -33,8 +33,8 @@ pub struct Sample {
     pub exec_to_init_us: u64,
     /// Resident memory of the VMM process outside guest RAM.
     pub outside_kib: u64,
-    /// The part of `outside_kib` that is private and written to, which no other process shares.
-    pub private_kib: u64,
+    /// The part of `outside_kib` that belongs to no file: heap, stacks, private data.
+    pub anonymous_kib: u64,
     /// Resident guest RAM.
     pub guest_kib: u64,
 }
@@ -64,7 +64,7 @@ impl Event {
                 &escape(s.vmm.as_bytes()),
                 &s.exec_to_init_us.to_string(),
                 &s.outside_kib.to_string(),
-                &s.private_kib.to_string(),
+                &s.anonymous_kib.to_string(),
                 &s.guest_kib.to_string(),
             ]),
             Event::End => "end".to_owned(),
@@ -101,7 +101,7 @@ impl Event {
                 vmm: text(bytes()?),
                 exec_to_init_us: number(bytes()?)?,
                 outside_kib: number(bytes()?)?,
-                private_kib: number(bytes()?)?,
+                anonymous_kib: number(bytes()?)?,
                 guest_kib: number(bytes()?)?,
             }),
             "end" => Event::End,
@@ -196,7 +196,7 @@ mod tests {
                 vmm: "v".to_owned(),
                 exec_to_init_us: 1,
                 outside_kib: 2,
-                private_kib: 3,
+                anonymous_kib: 3,
                 guest_kib: 4,
             }),
             Event::End,

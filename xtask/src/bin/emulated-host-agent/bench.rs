@@ -101,7 +101,7 @@ fn one(name: &str, mut vmm: Vmm, memory_mib: u64, dmesg: bool, report: &Report) 
         vmm: name.to_owned(),
         exec_to_init_us,
         outside_kib: usage.outside_kib,
-        private_kib: usage.private_kib,
+        anonymous_kib: usage.anonymous_kib,
         guest_kib: usage.guest_kib,
     })
 }

@@ -3,7 +3,7 @@
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     pub outside_kib: u64,
-    pub private_kib: u64,
+    pub anonymous_kib: u64,
     pub guest_kib: u64,
 }
 
@@ -11,7 +11,7 @@ struct Mapping {
     size_kib: u64,
     inode: u64,
     rss_kib: u64,
-    private_kib: u64,
+    anonymous_kib: u64,
 }
 
 /// Guest RAM is the largest mapping, with every other one of the same file (a memfd may be mapped in parts); without a
@@ -24,7 +24,7 @@ pub fn usage(smaps: &str, guest_mib: u64) -> Usage {
         let value = |word: Option<&str>| word.and_then(|w| w.parse::<u64>().ok()).unwrap_or(0);
         match first {
             "Rss:" => with_last(&mut mappings, |m| m.rss_kib = value(words.next())),
-            "Private_Dirty:" => with_last(&mut mappings, |m| m.private_kib = value(words.next())),
+            "Anonymous:" => with_last(&mut mappings, |m| m.anonymous_kib = value(words.next())),
             _ => {
                 // start-end perms offset device inode [path]
                 let Some((start, end)) = first.split_once('-') else {
@@ -39,7 +39,7 @@ pub fn usage(smaps: &str, guest_mib: u64) -> Usage {
                     size_kib: (end - start) / 1024,
                     inode,
                     rss_kib: 0,
-                    private_kib: 0,
+                    anonymous_kib: 0,
                 });
             }
         }
@@ -57,7 +57,7 @@ pub fn usage(smaps: &str, guest_mib: u64) -> Usage {
             usage.guest_kib += mapping.rss_kib;
         } else {
             usage.outside_kib += mapping.rss_kib;
-            usage.private_kib += mapping.private_kib;
+            usage.anonymous_kib += mapping.anonymous_kib;
         }
     }
     usage
@@ -78,22 +78,22 @@ mod tests {
         let memfd = "\
 00400000-00500000 r-xp 00000000 00:01 7 /bin/actor-vmm
 Rss:                 600 kB
-Private_Dirty:         0 kB
+Anonymous:             0 kB
 7f0000000000-7f0008000000 rw-s 00000000 00:01 99 /memfd:ram (deleted)
 Rss:               50000 kB
-Private_Dirty:     50000 kB
+Anonymous:         50000 kB
 7f0008000000-7f0010000000 rw-s 08000000 00:01 99 /memfd:ram (deleted)
 Rss:                1000 kB
-Private_Dirty:      1000 kB
+Anonymous:          1000 kB
 7ffc00000000-7ffc00021000 rw-p 00000000 00:00 0 [stack]
 Rss:                  12 kB
-Private_Dirty:        12 kB
+Anonymous:            12 kB
 ";
         assert_eq!(
             usage(memfd, 256),
             Usage {
                 outside_kib: 612,
-                private_kib: 12,
+                anonymous_kib: 12,
                 guest_kib: 51000
             }
         );
@@ -102,7 +102,7 @@ Private_Dirty:        12 kB
             usage(&anonymous, 256),
             Usage {
                 outside_kib: 612,
-                private_kib: 12,
+                anonymous_kib: 12,
                 guest_kib: 51000
             }
         );
