@@ -152,6 +152,9 @@ fn attempt(
     for (pid, name) in host::user_processes() {
         if !processes.contains(&pid) {
             wrong.push(format!("process {pid} ({name}) was left behind"));
+            // The next scenario shall not suffer from it.
+            // SAFETY: a signal to a process that did not exist before the VMM.
+            unsafe { libc::kill(pid, libc::SIGKILL) };
         }
     }
     for file in self::files().difference(&files) {
