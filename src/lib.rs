@@ -2,16 +2,23 @@
 //!
 //! Where to look:
 //!
-//! * `actors`: the runtime. Typed addresses, mailboxes with a run token, placements, ranks, lifecycle.
-//! * `vcpu`: the vCPU actors. Exits, routing, the kick, the KVM and the scripted backend.
+//! * [`actors`]: the runtime. Typed addresses, mailboxes with a run token, placements, ranks, lifecycle.
+//! * [`vcpu`]: the vCPU actors. Exits, routing, the kick, the KVM and the scripted backend.
 //! * [`devices`]: the devices, each a pure state machine, and the one shell that makes an actor of any of them.
 //! * [`boot`]: from files to guest memory. Kernel formats, boot parameters, ACPI tables, memory map.
-//! * `machine`: the supervisor. Guest memory, CPUID, wiring, the machine's states.
-//! * `host`: the host's side. Console, terminal, signals, timers, log.
-//! * `guests`: bare-metal guests carried in the binary: the demo and the test guests.
-//! * `cli`: the command line.
+//! * [`machine`]: the supervisor. Guest memory, CPUID, wiring, the machine's states.
+//! * [`host`]: the host's side. Console, terminal, signals, timers, log.
+//! * [`guests`]: bare-metal guests carried in the binary: the demo and the test guests.
+//! * [`cli`]: the command line.
 //!
 //! `design.md` has the topology, the ranks, the orderings and the decisions.
 
+pub mod actors;
 pub mod boot;
+pub mod cli;
+pub mod clock;
 pub mod devices;
+pub mod guests;
+pub mod host;
+pub mod machine;
+pub mod vcpu;

@@ -15,7 +15,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::{Access, Claim, Context, Device, MachineRequest, Nanos, byte_lanes};
+use super::{Access, Claim, Context, Device, MachineRequest, Nanos, Published, byte_lanes};
 use crate::boot::layout::io;
 
 /// What to claim, as offsets from [`io::PM1A_EVENT`]: event and control block, and the reset register. The PM timer
@@ -144,7 +144,7 @@ impl PmTimer {
     }
 
     /// The count at guest time `now`. Monotonic in `now`, modulo 2^32.
-    pub fn read(&self, now: Nanos) -> u32 {
+    pub fn count(&self, now: Nanos) -> u32 {
         let elapsed_ns = now.0.saturating_sub(self.epoch_ns.load(Ordering::Relaxed));
         // Whole seconds apart: the product of all nanoseconds would not fit after 86 minutes.
         let (seconds, ns) = (elapsed_ns / 1_000_000_000, elapsed_ns % 1_000_000_000);
@@ -153,11 +153,12 @@ impl PmTimer {
             .wrapping_mul(PM_TIMER_HZ)
             .wrapping_add(ns * PM_TIMER_HZ / 1_000_000_000) as u32
     }
+}
 
-    /// What an access to the timer's four ports gives at guest time `now`: the offset is from [`io::PM_TIMER`], bytes
-    /// behind the register are all-ones.
-    pub fn read_port(&self, access: Access, now: Nanos) -> u64 {
-        let count = self.read(now).to_le_bytes();
+impl Published for PmTimer {
+    /// The offset is from [`io::PM_TIMER`]; bytes behind the register are all-ones.
+    fn read(&self, access: Access, now: Nanos) -> u64 {
+        let count = self.count(now).to_le_bytes();
         byte_lanes::read(access, |offset| {
             usize::try_from(offset)
                 .ok()
@@ -298,7 +299,7 @@ mod tests {
             ),
         ];
         for (ns, count) in cases {
-            assert_eq!(PmTimer::new().read(Nanos(ns)), count, "{ns} ns");
+            assert_eq!(PmTimer::new().count(Nanos(ns)), count, "{ns} ns");
         }
     }
 
@@ -306,17 +307,17 @@ mod tests {
     fn the_timer_restarts_from_zero() {
         let timer = PmTimer::new();
         timer.restart(Nanos(5_000_000_000));
-        assert_eq!(timer.read(Nanos(5_000_000_000)), 0);
-        assert_eq!(timer.read(Nanos(6_000_000_000)), 3_579_545);
-        assert_eq!(timer.read(Nanos(0)), 0, "a clock read before the restart");
+        assert_eq!(timer.count(Nanos(5_000_000_000)), 0);
+        assert_eq!(timer.count(Nanos(6_000_000_000)), 3_579_545);
+        assert_eq!(timer.count(Nanos(0)), 0, "a clock read before the restart");
     }
 
     #[test]
     fn the_timers_port_gives_any_bytes_of_it() {
         let timer = PmTimer::new();
         let now = Nanos(100_000_000_000);
-        let count = u64::from(timer.read(now));
-        let at = |offset, width| timer.read_port(Access { offset, width }, now);
+        let count = u64::from(timer.count(now));
+        let at = |offset, width| timer.read(Access { offset, width }, now);
         assert_eq!(at(0, Width::Dword), count);
         assert_eq!(at(1, Width::Word), count >> 8 & 0xffff);
         assert_eq!(at(3, Width::Word), count >> 24 | 0xff00);
@@ -328,7 +329,7 @@ mod tests {
         #[test]
         fn the_timer_agrees_with_wide_arithmetic(ns in any::<u64>()) {
             let expected = (u128::from(ns) * u128::from(PM_TIMER_HZ) / 1_000_000_000) as u32;
-            prop_assert_eq!(PmTimer::new().read(Nanos(ns)), expected);
+            prop_assert_eq!(PmTimer::new().count(Nanos(ns)), expected);
         }
     }
 }

@@ -34,6 +34,7 @@ pub mod i8042;
 pub mod pci_config;
 pub mod pvpanic;
 pub mod rtc;
+pub mod shell;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod uart16550;
@@ -134,6 +135,13 @@ pub enum AccessClass {
     /// A write that the vCPU does not wait for. Ordered after this vCPU's earlier accesses to the same device,
     /// and complete before this vCPU's next access to any other device.
     Post,
+}
+
+/// A register that runs by itself (a timer's count): its owner publishes what is needed to compute it, and vCPUs
+/// read it in place, without a message.
+pub trait Published: Send + Sync {
+    /// The register's value at guest time `now`.
+    fn read(&self, access: Access, now: Nanos) -> u64;
 }
 
 /// One range to route to a device, relative to the device's base port or address.

@@ -1,1 +1,70 @@
-fn main() {}
+//! The developer's tool: `cargo xtask --help`.
+
+mod bench;
+mod boot;
+mod build;
+mod emulated_host;
+mod initramfs;
+mod kernel;
+mod paths;
+mod process;
+mod setup;
+mod test;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(
+    name = "cargo xtask",
+    about = "Set up, boot, test and measure actor-vmm",
+    max_term_width = 100
+)]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what the other tasks need from Debian packages, and fetch Debian's cloud kernel (not installed)
+    Setup(setup::Args),
+    /// Build actor-vmm and boot the stock Debian kernel to userspace with it
+    Boot(boot::Args),
+    /// Run every check and test, the last line being "N passed, N failed"
+    Test(test::Args),
+    /// Run scenarios with real guests in an emulated host (works without /dev/kvm)
+    EmulatedHost(emulated_host::Args),
+    /// Measure
+    #[command(subcommand)]
+    Bench(Bench),
+}
+
+#[derive(Subcommand)]
+enum Bench {
+    /// Time from exec to the guest's /init and memory outside guest RAM, against QEMU's microvm
+    Boot(bench::Args),
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().task) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: Task) -> Result<bool> {
+    match task {
+        Task::Setup(args) => setup::run(&args).map(|()| true),
+        Task::Boot(args) => boot::run(&args),
+        Task::Test(args) => test::run(&args),
+        Task::EmulatedHost(args) => emulated_host::run(&args),
+        Task::Bench(Bench::Boot(args)) => bench::run(&args),
+    }
+}

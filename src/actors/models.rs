@@ -1,0 +1,141 @@
+//! Loom models: every interleaving of a few steps, and every value that the memory model lets a load return.
+//!
+//! `RUSTFLAGS='--cfg loom' cargo test --release --lib loom_`. A lost wake-up shows as a deadlock, two holders of
+//! one token as concurrent access to a cell, a lost or doubled message as a wrong sum.
+
+use super::port::Address;
+use super::*;
+use loom::thread;
+
+/// Adds what it is sent and answers with the sum so far.
+struct Adder {
+    sum: u64,
+    turns: u64,
+}
+
+impl Actor for Adder {
+    type Message = u64;
+    type Reply = (u64, u64);
+    const RANK: Rank = Rank::Device;
+
+    fn handle(&mut self, message: u64) -> (u64, u64) {
+        self.turns += 1;
+        self.sum += message;
+        (self.sum, self.turns)
+    }
+}
+
+fn adder(lanes: usize) -> Address<Adder> {
+    Address::spawn(
+        Adder { sum: 0, turns: 0 },
+        "adder",
+        Placement::Handoff,
+        lanes,
+        |_| {},
+    )
+    .expect("no thread is started")
+    .address
+}
+
+fn explore(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(preemptions);
+    builder.check(model);
+}
+
+#[test]
+fn loom_two_asks_are_two_turns() {
+    explore(3, || {
+        let address = adder(2);
+        let (mut a, mut b) = (address.connect().unwrap(), address.connect().unwrap());
+        let other = thread::spawn(move || b.ask(2).unwrap());
+        let (mine, _) = a.ask(1).unwrap();
+        let (theirs, _) = other.join().unwrap();
+        assert!(
+            [(1, 3), (3, 2)].contains(&(mine, theirs)),
+            "sums {mine} and {theirs}"
+        );
+    });
+}
+
+#[test]
+fn loom_three_asks_with_hand_over() {
+    // COMBINE is 1 under loom: the second envelope that a holder meets makes it look for a spinning asker.
+    explore(2, || {
+        let address = adder(3);
+        let mut ports: Vec<_> = (0..3).map(|_| address.connect().unwrap()).collect();
+        let others: Vec<_> = ports
+            .drain(1..)
+            .map(|mut port| thread::spawn(move || port.ask(1).unwrap().0))
+            .collect();
+        let mut sums = vec![ports[0].ask(1).unwrap().0];
+        sums.extend(others.into_iter().map(|other| other.join().unwrap()));
+        sums.sort_unstable();
+        assert_eq!(sums, [1, 2, 3]);
+    });
+}
+
+#[test]
+fn loom_posts_keep_their_order_and_none_is_lost() {
+    explore(3, || {
+        let address = adder(2);
+        let (mut a, mut b) = (address.connect().unwrap(), address.connect().unwrap());
+        let other = thread::spawn(move || {
+            // One more than there are credits under loom.
+            b.post(10).unwrap();
+            b.post(100).unwrap();
+            // An ask comes after one's own posts.
+            assert!(b.ask(0).unwrap().0 >= 110);
+        });
+        a.post(1).unwrap();
+        a.fence().unwrap();
+        assert!(a.ask(0).unwrap().0 & 1 == 1);
+        other.join().unwrap();
+        assert_eq!(a.ask(0).unwrap().0, 111);
+    });
+}
+
+#[test]
+fn loom_resident_sleeps_and_is_woken() {
+    explore(3, || {
+        let (address, reside) = Address::resident_for_model(Adder { sum: 0, turns: 0 }, 2);
+        let resident = thread::spawn(reside);
+        let mut port = address.connect().unwrap();
+        port.post(1).unwrap();
+        assert_eq!(port.ask(2).unwrap(), (3, 2));
+        port.stop();
+        resident.join().unwrap();
+        assert_eq!(port.ask(1), Err(Closed));
+    });
+}
+
+#[test]
+fn loom_resident_with_two_senders() {
+    explore(2, || {
+        let (address, reside) = Address::resident_for_model(Adder { sum: 0, turns: 0 }, 2);
+        let resident = thread::spawn(reside);
+        let (mut a, mut b) = (address.connect().unwrap(), address.connect().unwrap());
+        let other = thread::spawn(move || b.ask(1).unwrap().0);
+        let mine = a.ask(1).unwrap().0;
+        assert_eq!(mine + other.join().unwrap(), 3);
+        a.stop();
+        resident.join().unwrap();
+    });
+}
+
+#[test]
+fn loom_close_answers_everybody() {
+    explore(3, || {
+        let address = adder(2);
+        let (mut a, mut b) = (address.connect().unwrap(), address.connect().unwrap());
+        // Handled before the end, or refused: never left waiting.
+        let other = thread::spawn(move || match b.ask(1) {
+            Ok((sum, turns)) => assert_eq!((sum, turns), (1, 1)),
+            Err(Closed) => {}
+        });
+        a.stop();
+        assert!(address.is_closed());
+        assert_eq!(a.ask(1), Err(Closed));
+        other.join().unwrap();
+    });
+}

@@ -1,0 +1,137 @@
+//! Sleep until a 32-bit word changes, without a lost wake-up; and how long to spin before.
+//!
+//! The futex compares the word under the kernel's own lock before it sleeps, so a change made before the wake is
+//! never missed: either the sleeper sees the new value and does not sleep, or the waker finds it asleep.
+
+use super::sync::{AtomicU32, Ordering, spin_loop};
+
+/// A word to wait on.
+pub(crate) struct Futex {
+    word: AtomicU32,
+    #[cfg(loom)]
+    kernel: (loom::sync::Mutex<()>, loom::sync::Condvar),
+}
+
+impl Futex {
+    pub(crate) fn new(value: u32) -> Futex {
+        Futex {
+            word: AtomicU32::new(value),
+            #[cfg(loom)]
+            kernel: (loom::sync::Mutex::new(()), loom::sync::Condvar::new()),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn load(&self, order: Ordering) -> u32 {
+        self.word.load(order)
+    }
+
+    #[inline]
+    pub(crate) fn store(&self, value: u32, order: Ordering) {
+        self.word.store(value, order);
+    }
+
+    #[inline]
+    pub(crate) fn swap(&self, value: u32, order: Ordering) -> u32 {
+        self.word.swap(value, order)
+    }
+
+    #[inline]
+    pub(crate) fn compare_exchange(
+        &self,
+        old: u32,
+        new: u32,
+        ok: Ordering,
+        err: Ordering,
+    ) -> Result<u32, u32> {
+        self.word.compare_exchange(old, new, ok, err)
+    }
+
+    /// The word's first byte in memory (on x86 its lowest), for a signal handler to set.
+    #[cfg(not(loom))]
+    pub(crate) fn as_byte_ptr(&self) -> *mut u8 {
+        self.word.as_ptr().cast()
+    }
+
+    #[cfg(loom)]
+    pub(crate) fn as_byte_ptr(&self) -> *mut u8 {
+        unreachable!("models deliver signals by other means")
+    }
+
+    /// Sleeps unless the word differs from `value`. May return for no reason; the caller looks again.
+    #[cfg(not(loom))]
+    pub(crate) fn wait(&self, value: u32) {
+        // SAFETY: FUTEX_WAIT reads one aligned 32-bit word, which `&self` keeps alive, and a null timeout means
+        // "none". A failure (EAGAIN, EINTR) means only that the caller must look again, which it does anyway.
+        unsafe {
+            libc::syscall(
+                libc::SYS_futex,
+                self.word.as_ptr(),
+                libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG,
+                value,
+                std::ptr::null::<libc::timespec>(),
+            );
+        }
+    }
+
+    /// Wakes whoever sleeps on the word. To be called after the word was changed.
+    #[cfg(not(loom))]
+    pub(crate) fn wake(&self) {
+        // SAFETY: FUTEX_WAKE uses the address as a key only and does not touch the memory behind it.
+        unsafe {
+            libc::syscall(
+                libc::SYS_futex,
+                self.word.as_ptr(),
+                libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG,
+                1,
+            );
+        }
+    }
+
+    /// The kernel's futex in loom's terms: compare and sleep are one step for the waker.
+    #[cfg(loom)]
+    pub(crate) fn wait(&self, value: u32) {
+        let guard = self.kernel.0.lock().unwrap();
+        if self.word.load(Ordering::SeqCst) == value {
+            drop(self.kernel.1.wait(guard).unwrap());
+        }
+    }
+
+    #[cfg(loom)]
+    pub(crate) fn wake(&self) {
+        let _guard = self.kernel.0.lock().unwrap();
+        self.kernel.1.notify_all();
+    }
+}
+
+/// How many times to look before going to sleep. A look costs a `pause` (about 40 to 140 cycles on current
+/// machines), so this is a few microseconds: what a turn takes, and less than a sleep and a wake-up. On a machine
+/// with one processor nobody else can make progress while we look, so there it is 0.
+pub(crate) fn spin_limit() -> u32 {
+    #[cfg(loom)]
+    {
+        1
+    }
+    #[cfg(not(loom))]
+    {
+        static LIMIT: std::sync::OnceLock<u32> = std::sync::OnceLock::new();
+        *LIMIT.get_or_init(|| match std::thread::available_parallelism() {
+            Ok(n) if n.get() > 1 => 200,
+            _ => 0,
+        })
+    }
+}
+
+/// Looks at `ready` up to [`spin_limit`] times. `true` as soon as it is.
+#[inline]
+pub(crate) fn spin_until(mut ready: impl FnMut() -> bool) -> bool {
+    for _ in 0..spin_limit() {
+        if ready() {
+            return true;
+        }
+        spin_loop();
+        #[cfg(loom)]
+        loom::thread::yield_now();
+    }
+    ready()
+}

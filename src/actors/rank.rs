@@ -1,0 +1,66 @@
+//! Who may wait for whom: supervisor < vCPU < device < backend, upward only. With every wait going up, no cycle of
+//! waits can exist, so no deadlock among actors can. Asserted in every build: the check is one thread-local byte.
+
+use std::cell::Cell;
+
+/// An actor's place in the order of waits.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
+#[repr(u8)]
+pub enum Rank {
+    /// The machine actor and the program's main thread. May ask anybody; nobody may wait for it.
+    Supervisor = 0,
+    /// A vCPU thread. May ask devices and backends.
+    Vcpu = 1,
+    /// A device. May ask backends.
+    Device = 2,
+    /// Whatever talks to the host: console, event loop. May ask nobody.
+    Backend = 3,
+}
+
+thread_local! {
+    static CURRENT: Cell<Rank> = const { Cell::new(Rank::Supervisor) };
+}
+
+/// While this lives the current thread acts at the rank it was made with; afterwards at the one before.
+#[must_use]
+pub struct RankGuard {
+    before: Rank,
+    // Not Send: it stands for a fact about one thread.
+    _thread: std::marker::PhantomData<*const ()>,
+}
+
+impl RankGuard {
+    /// The current thread acts at `rank` from now on.
+    #[inline]
+    pub fn enter(rank: Rank) -> RankGuard {
+        RankGuard {
+            before: CURRENT.replace(rank),
+            _thread: std::marker::PhantomData,
+        }
+    }
+}
+
+impl Drop for RankGuard {
+    #[inline]
+    fn drop(&mut self) {
+        CURRENT.set(self.before);
+    }
+}
+
+/// The current thread is about to wait for an actor of rank `target`.
+///
+/// # Panics
+/// When the wait would not go upward: a bug of ours, contained at the actor whose turn it is.
+#[inline]
+pub(super) fn assert_may_wait_for(target: Rank, name: &str) {
+    let current = CURRENT.get();
+    if current >= target {
+        refuse(current, target, name);
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn refuse(current: Rank, target: Rank, name: &str) -> ! {
+    panic!("rank: a {current:?} may not wait for {name}, which is a {target:?}; waits go upward only");
+}

@@ -1,0 +1,153 @@
+//! `actor-vmm doctor`: what this host's KVM can and cannot do, in words that a user can act on.
+//!
+//! It does not believe flags alone: it runs small guests, and looks what becomes of them.
+
+use crate::guests::probes::{INSTRUCTIONS, NOTHING, Probe};
+use crate::host::console::ConsoleKind;
+use crate::machine::memory::{Backing, MIN_BYTES, MemoryConfig};
+use crate::machine::outcome::{Outcome, status};
+use crate::machine::supervisor::{self, MachineConfig};
+use crate::vcpu::Cause;
+use crate::vcpu::exit::Exit;
+use kvm_ioctls::{Cap, Kvm};
+use slog::{Discard, Logger, o};
+use std::time::Duration;
+
+/// How long a probe of a few instructions may take before it counts as hung.
+const PROBE_LIMIT: Duration = Duration::from_secs(3);
+
+/// What became of a probe.
+enum Verdict {
+    Works,
+    Fails(String),
+}
+
+fn try_probe(probe: &Probe) -> Verdict {
+    let config = MachineConfig {
+        guest: probe.guest(),
+        cpus: 1,
+        memory: MemoryConfig {
+            size_bytes: MIN_BYTES,
+            backing: Backing::Memfd,
+        },
+        placements: Vec::new(),
+        console: ConsoleKind::Off,
+        debug_console: ConsoleKind::Off,
+        timeout: Some(PROBE_LIMIT),
+    };
+    match supervisor::run(&config, &Logger::root(Discard, o!())) {
+        Ok(Outcome::GuestExit(1)) => Verdict::Works,
+        Ok(Outcome::InternalError(diagnosis)) => Verdict::Fails(match &diagnosis.cause {
+            Cause::Exit(Exit::InternalError(error)) if error.suberror == 1 => "KVM cannot emulate it".into(),
+            Cause::Exit(exit) => exit.to_string(),
+            Cause::Run(errno) => format!("KVM_RUN: {}", errno.desc()),
+            Cause::Panic(text) => text.clone(),
+        }),
+        Ok(Outcome::TimedOut(_)) => Verdict::Fails("the guest hangs in it".into()),
+        Ok(outcome) => Verdict::Fails(outcome.to_string()),
+        Err(error) => Verdict::Fails(super::chain(&error)),
+    }
+}
+
+/// Runs all checks and prints what they found. Returns the exit status: 0 if stock kernels can run here.
+pub fn run() -> u8 {
+    let kvm = match Kvm::new() {
+        Ok(kvm) => kvm,
+        Err(error) => {
+            println!("/dev/kvm        {}", crate::machine::vm::VmError::Open(error));
+            println!("\nThis host cannot run virtual machines as it is.");
+            return status::HOST_TROUBLE;
+        }
+    };
+    println!("/dev/kvm        opens; API version {}", kvm.get_api_version());
+    println!(
+        "vCPUs           up to {} a machine, {} recommended",
+        kvm.get_max_vcpus(),
+        kvm.get_nr_vcpus()
+    );
+    let mut missing = Vec::new();
+    for (cap, name, needed, what) in [
+        (
+            Cap::Irqchip,
+            "KVM_CAP_IRQCHIP",
+            true,
+            "interrupt controllers in the kernel",
+        ),
+        (Cap::Irqfd, "KVM_CAP_IRQFD", true, "interrupts by eventfd"),
+        (
+            Cap::Ioeventfd,
+            "KVM_CAP_IOEVENTFD",
+            false,
+            "notifications by eventfd",
+        ),
+        (
+            Cap::ImmediateExit,
+            "KVM_CAP_IMMEDIATE_EXIT",
+            true,
+            "kicks that cannot be lost",
+        ),
+        (
+            Cap::SyncRegs,
+            "KVM_CAP_SYNC_REGS",
+            false,
+            "registers without a system call",
+        ),
+        (
+            Cap::TscDeadlineTimer,
+            "KVM_CAP_TSC_DEADLINE_TIMER",
+            false,
+            "timer interrupts without calibration",
+        ),
+        (
+            Cap::SetGuestDebug,
+            "KVM_CAP_SET_GUEST_DEBUG",
+            false,
+            "breakpoints",
+        ),
+    ] {
+        let there = kvm.check_extension(cap);
+        let word = if there { "yes" } else { "no" };
+        println!("{name:<27} {word:<4} {what}");
+        if needed && !there {
+            missing.push(name);
+        }
+    }
+    if !missing.is_empty() {
+        println!(
+            "\nThis host's KVM lacks {}: actor-vmm cannot run here. A newer kernel has them.",
+            missing.join(", ")
+        );
+        return status::HOST_TROUBLE;
+    }
+    if let Verdict::Fails(why) = try_probe(&NOTHING) {
+        println!("{:<27} no   {why}", NOTHING.name);
+        println!("\nNot even the smallest guest runs here; see the host's kernel log (dmesg).");
+        return status::HOST_TROUBLE;
+    }
+    println!("{:<27} yes", NOTHING.name);
+    let mut failed = Vec::new();
+    for probe in &INSTRUCTIONS {
+        match try_probe(probe) {
+            Verdict::Works => println!("{:<27} yes  in ring 0, for {}", probe.name, probe.needed_for),
+            Verdict::Fails(why) => {
+                println!(
+                    "{:<27} no   in ring 0, for {}: {why}",
+                    probe.name, probe.needed_for
+                );
+                failed.push(probe.name);
+            }
+        }
+    }
+    if failed.is_empty() {
+        println!("\nThis host can run stock Linux kernels.");
+        return 0;
+    }
+    println!(
+        "\nThis is a software KVM: it interprets a guest's kernel mode, and does not know {}.\n\
+         Stock Linux kernels cannot boot here; bare-metal guests that do without can (try `actor-vmm run --demo`).\n\
+         To run stock kernels, use a host whose processor has VMX or SVM, or emulate one (`cargo xtask boot` in the\n\
+         source tree does).",
+        failed.join(", ")
+    );
+    status::HOST_TROUBLE
+}

@@ -1,0 +1,324 @@
+//! The command line: what a user types, turned into a [`MachineConfig`], and an exit status back.
+
+pub mod doctor;
+
+use crate::actors::PlacementKind;
+use crate::boot::{BootConfig, BootProtocol, Unpack};
+use crate::host::console::ConsoleKind;
+use crate::host::{log as hostlog, terminal};
+use crate::machine::memory::{Backing, MemoryConfig, parse_size};
+use crate::machine::outcome::status;
+use crate::machine::supervisor::{self, Guest, MAX_CPUS, MachineConfig};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use slog::{Level, info};
+use std::error::Error;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// A KVM virtual machine monitor made of actors.
+#[derive(Parser, Debug)]
+#[command(version, after_help = status::TABLE, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Boots a kernel and gives its console to the terminal (Ctrl-A h tells how to leave).
+    #[command(after_help = status::TABLE)]
+    Run(Box<Run>),
+    /// Tells what this host's KVM can and cannot do.
+    Doctor,
+}
+
+/// As typed by the user; [`Run::resolve`] makes a machine of it.
+#[derive(Args, Debug)]
+struct Run {
+    /// Kernel: a bzImage (vmlinuz), or an ELF file with a PVH note or for the 64-bit Linux boot protocol
+    #[arg(long, value_name = "FILE", required_unless_present = "demo")]
+    kernel: Option<PathBuf>,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    initrd: Option<PathBuf>,
+    /// Kernel command line
+    #[arg(long, value_name = "TEXT", default_value = DEFAULT_CMDLINE, requires = "kernel")]
+    cmdline: String,
+    /// Boots the guest that is carried in this program: it says hello, tries interrupts, SMP and the devices, and
+    /// powers off
+    #[arg(long, conflicts_with_all = ["kernel", "initrd", "cmdline", "boot", "unpack"])]
+    demo: bool,
+    /// Number of vCPUs
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    cpus: usize,
+    /// Guest memory, as 512M, 4.5G or a number of bytes
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_memory)]
+    memory: u64,
+    /// Takes guest memory from huge pages of 2 MiB (vm.nr_hugepages)
+    #[arg(long)]
+    hugepages: bool,
+    /// Protocol by which the kernel is entered
+    #[arg(long, value_enum, default_value_t = Boot::Auto)]
+    boot: Boot,
+    /// Who unpacks a bzImage: host is faster, guest runs the kernel's own code (and its KASLR)
+    #[arg(long, value_enum, default_value_t = Unpacking::Auto)]
+    unpack: Unpacking,
+    /// Where a device actor runs: handoff (on the vCPU that needs it), thread or pool; may be repeated
+    #[arg(long, value_name = "DEVICE=PLACEMENT", value_parser = parse_placement)]
+    placement: Vec<(String, PlacementKind)>,
+    /// Where the first serial port goes: stdio, file:PATH, pty or off
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    console: ConsoleKind,
+    /// Where bytes written to the debug console (port 0xe9) go: as for --console
+    #[arg(long, value_name = "WHERE", default_value = "off")]
+    debug_console: ConsoleKind,
+    /// How much is told on stderr
+    #[arg(long, value_enum, default_value_t = LogLevel::Info)]
+    log_level: LogLevel,
+    /// Ends the machine after this many seconds
+    #[arg(long, value_name = "SECS", value_parser = parse_seconds)]
+    timeout: Option<Duration>,
+}
+
+/// A serial console, and a reset instead of a hang after a panic.
+const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1";
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Boot {
+    /// What the file offers: bzImage and ELF by the 64-bit protocol, ELF with a PVH note by PVH
+    Auto,
+    /// The 64-bit Linux boot protocol
+    Linux,
+    /// PVH
+    Pvh,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Unpacking {
+    /// The host where it knows the format
+    Auto,
+    /// The host
+    Host,
+    /// The guest
+    Guest,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LogLevel {
+    Critical,
+    Error,
+    Warning,
+    Info,
+    Debug,
+}
+
+fn parse_memory(text: &str) -> Result<u64, String> {
+    parse_size(text).map_err(|error| error.to_string())
+}
+
+fn parse_placement(text: &str) -> Result<(String, PlacementKind), String> {
+    let (device, placement) = text
+        .split_once('=')
+        .ok_or("expected DEVICE=PLACEMENT, as serial0=thread")?;
+    Ok((device.to_string(), placement.parse()?))
+}
+
+fn parse_seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text
+        .parse()
+        .map_err(|_| "expected a number of seconds".to_string())?;
+    match Duration::try_from_secs_f64(seconds) {
+        Ok(duration) if !duration.is_zero() => Ok(duration),
+        _ => Err("expected a number of seconds above 0".into()),
+    }
+}
+
+impl Run {
+    fn resolve(&self) -> MachineConfig {
+        let guest = match &self.kernel {
+            Some(kernel) => Guest::Kernel(BootConfig {
+                kernel: kernel.clone(),
+                initrd: self.initrd.clone(),
+                cmdline: self.cmdline.clone(),
+                protocol: match self.boot {
+                    Boot::Auto => BootProtocol::Auto,
+                    Boot::Linux => BootProtocol::Linux,
+                    Boot::Pvh => BootProtocol::Pvh,
+                },
+                unpack: match self.unpack {
+                    Unpacking::Auto => Unpack::Auto,
+                    Unpacking::Host => Unpack::Host,
+                    Unpacking::Guest => Unpack::Guest,
+                },
+            }),
+            None => crate::guests::probes::NOTHING.guest(),
+        };
+        MachineConfig {
+            guest,
+            cpus: self.cpus,
+            memory: MemoryConfig {
+                size_bytes: self.memory,
+                backing: if self.hugepages {
+                    Backing::Hugepages
+                } else {
+                    Backing::Memfd
+                },
+            },
+            placements: self.placement.clone(),
+            console: self.console.clone(),
+            debug_console: self.debug_console.clone(),
+            timeout: self.timeout,
+        }
+    }
+
+    fn run(&self) -> u8 {
+        let level = match self.log_level {
+            LogLevel::Critical => Level::Critical,
+            LogLevel::Error => Level::Error,
+            LogLevel::Warning => Level::Warning,
+            LogLevel::Info => Level::Info,
+            LogLevel::Debug => Level::Debug,
+        };
+        if let Err(problem) = self.check() {
+            return complain(&problem, status::BAD_INPUT);
+        }
+        let (log, log_handle) = match hostlog::start(level) {
+            Ok(log) => log,
+            Err(error) => return complain(&format!("cannot start the log: {error}"), status::HOST_TROUBLE),
+        };
+        let result = supervisor::run(&self.resolve(), &log);
+        terminal::restore();
+        match result {
+            Ok(outcome) => {
+                info!(log, "{outcome}"; "status" => outcome.status());
+                drop(log_handle);
+                outcome.status()
+            }
+            Err(error) => {
+                drop(log_handle);
+                let status = if error.is_bad_input() {
+                    status::BAD_INPUT
+                } else {
+                    status::HOST_TROUBLE
+                };
+                complain(&chain(&error), status)
+            }
+        }
+    }
+
+    /// What clap cannot see.
+    fn check(&self) -> Result<(), String> {
+        if !(1..=MAX_CPUS).contains(&self.cpus) {
+            return Err(format!("--cpus must be 1 to {MAX_CPUS}, not {}", self.cpus));
+        }
+        Ok(())
+    }
+}
+
+/// An error and its causes on one line: none repeats another.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+fn complain(text: &str, status: u8) -> u8 {
+    hostlog::print(&format!("actor-vmm: {text}"));
+    status
+}
+
+/// The program.
+pub fn main() -> ExitCode {
+    // A panic is a bug of ours. It must not leave the terminal raw, and says so in one line.
+    std::panic::set_hook(Box::new(|panic| {
+        // Actors contain theirs; the terminal stays theirs then. Others end the program.
+        let place = panic
+            .location()
+            .map_or_else(String::new, |at| format!(" at {}:{}", at.file(), at.line()));
+        let thread = std::thread::current();
+        if thread.name() == Some("main") {
+            terminal::restore();
+        }
+        let text = panic.payload_as_str().unwrap_or("no text");
+        hostlog::print(&format!(
+            "actor-vmm: bug in thread {}{place}: {text}",
+            thread.name().unwrap_or("?")
+        ));
+    }));
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version go to stdout with 0, mistakes to stderr with 2.
+            let status = if error.use_stderr() { status::BAD_INPUT } else { 0 };
+            let _ = error.print();
+            return ExitCode::from(status);
+        }
+    };
+    ExitCode::from(match cli.command {
+        Command::Run(run) => run.run(),
+        Command::Doctor => doctor::run(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parse(args: &[&str]) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from([&["actor-vmm"], args].concat())
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_full_command_line_becomes_a_machine() {
+        let args = "run --kernel k --initrd i --cmdline quiet --cpus 3 --memory 1.5G --placement rtc=pool \
+                    --console file:/x --boot pvh --unpack guest --timeout 2.5";
+        let cli = parse(&args.split_whitespace().collect::<Vec<_>>()).unwrap();
+        let Command::Run(run) = cli.command else { panic!() };
+        let config = run.resolve();
+        assert_eq!((config.cpus, config.memory.size_bytes), (3, 3 << 29));
+        assert_eq!(config.placements, [("rtc".to_string(), PlacementKind::Pool)]);
+        assert_eq!(config.console, ConsoleKind::File("/x".into()));
+        assert_eq!(config.timeout, Some(Duration::from_millis(2500)));
+        let Guest::Kernel(boot) = config.guest else {
+            panic!()
+        };
+        assert_eq!(
+            (boot.cmdline.as_str(), boot.protocol, boot.unpack),
+            ("quiet", BootProtocol::Pvh, Unpack::Guest)
+        );
+    }
+
+    #[test]
+    fn mistakes_are_refused() {
+        for args in [
+            &["run"][..],
+            &["run", "--kernel"],
+            &["run", "--kernel", "k", "--memory", "lots"],
+            &["run", "--kernel", "k", "--memory", "0"],
+            &["run", "--kernel", "k", "--cpus", "-1"],
+            &["run", "--kernel", "k", "--placement", "serial0"],
+            &["run", "--kernel", "k", "--placement", "serial0=moon"],
+            &["run", "--kernel", "k", "--console", "tcp:1"],
+            &["run", "--kernel", "k", "--timeout", "0"],
+            &["run", "--kernel", "k", "--timeout", "nan"],
+            &["run", "--kernel", "k", "--demo"],
+            &["run", "--demo", "--initrd", "i"],
+            &["fly"],
+            &[],
+        ] {
+            let error = parse(args).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{args:?}");
+        }
+    }
+}

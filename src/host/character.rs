@@ -1,0 +1,265 @@
+//! The two byte rings between a character device and the event loop, and who wakes whom.
+//!
+//! The device's turns run on vCPU threads and must never wait for a terminal or a pipe. So bytes go through two
+//! rings with one producer and one consumer each, and each side tells the other only when that one said that it
+//! is about to rest. Both directions follow one pattern: the resting side sets its flag, then looks again; the
+//! working side changes the ring, then looks at the flag. With a sequentially consistent fence between the two
+//! steps on both sides, at least one of them sees what the other did, so nothing is left lying.
+
+use rtrb::{Consumer, Producer, RingBuffer};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Bytes each ring holds. A screen of text; small, as it counts as the VMM's own memory.
+pub const RING_BYTES: usize = 8192;
+
+/// Wakes the event loop.
+pub type Waker = Arc<EventFd>;
+
+/// The flags of a pair.
+#[derive(Default)]
+struct Flags {
+    /// The event loop rests: a device that sends must wake it.
+    loop_rests: AtomicBool,
+    /// The device was told that there is no room: it wants to be told when there is.
+    output_wanted: AtomicBool,
+    /// The event loop found no room for input: it wants to be woken when there is.
+    input_wanted: AtomicBool,
+    /// Bytes dropped because a device sent in spite of having been told not to.
+    dropped: AtomicU64,
+}
+
+/// The device's end. Used in its turns only.
+pub struct CharacterEnd {
+    output: Producer<u8>,
+    input: Consumer<u8>,
+    flags: Arc<Flags>,
+    waker: Waker,
+}
+
+/// The event loop's end.
+pub struct HostEnd {
+    output: Consumer<u8>,
+    input: Producer<u8>,
+    flags: Arc<Flags>,
+}
+
+/// A pair of ends.
+pub fn pair(waker: Waker) -> (CharacterEnd, HostEnd) {
+    let (output_in, output_out) = RingBuffer::new(RING_BYTES);
+    let (input_in, input_out) = RingBuffer::new(RING_BYTES);
+    let flags = Arc::new(Flags {
+        loop_rests: AtomicBool::new(true),
+        ..Flags::default()
+    });
+    (
+        CharacterEnd {
+            output: output_in,
+            input: input_out,
+            flags: flags.clone(),
+            waker,
+        },
+        HostEnd {
+            output: output_out,
+            input: input_in,
+            flags,
+        },
+    )
+}
+
+impl CharacterEnd {
+    /// Gives a byte to the host. `false`: it was taken (if the device was not told `false` before), and there is
+    /// no room for another until [`HostEnd::wants_output_ready`] was answered.
+    pub fn transmit(&mut self, byte: u8) -> bool {
+        if self.output.push(byte).is_err() {
+            self.flags.dropped.fetch_add(1, Ordering::Relaxed);
+            return false;
+        }
+        fence(Ordering::SeqCst);
+        if self.flags.loop_rests.load(Ordering::Relaxed)
+            && self.flags.loop_rests.swap(false, Ordering::Relaxed)
+        {
+            wake(&self.waker);
+        }
+        if !self.output.is_full() {
+            return true;
+        }
+        self.flags.output_wanted.store(true, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        if self.output.is_full() {
+            return false;
+        }
+        // Room came up meanwhile. If the event loop saw the flag it will tell us once more, which does no harm.
+        self.flags.output_wanted.store(false, Ordering::Relaxed);
+        true
+    }
+
+    /// Takes a byte from the host.
+    pub fn receive(&mut self) -> Option<u8> {
+        let byte = self.input.pop().ok()?;
+        fence(Ordering::SeqCst);
+        // Not at the first free byte: a paste would cost a wake-up each.
+        if self.flags.input_wanted.load(Ordering::Relaxed)
+            && self.input.slots() <= RING_BYTES / 2
+            && self.flags.input_wanted.swap(false, Ordering::Relaxed)
+        {
+            wake(&self.waker);
+        }
+        Some(byte)
+    }
+}
+
+impl HostEnd {
+    /// What the device has sent: up to two slices, in order.
+    pub fn output(&mut self) -> rtrb::chunks::ReadChunk<'_, u8> {
+        let available = self.output.slots();
+        self.output.read_chunk(available).expect("as many as there are")
+    }
+
+    /// Whether the device has sent something.
+    pub fn has_output(&self) -> bool {
+        !self.output.is_empty()
+    }
+
+    /// Whether the device waits to be told that there is room. Answers `true` once a wish.
+    pub fn wants_output_ready(&self) -> bool {
+        fence(Ordering::SeqCst);
+        self.flags.output_wanted.load(Ordering::Relaxed)
+            && self.flags.output_wanted.swap(false, Ordering::Relaxed)
+    }
+
+    /// The event loop is about to rest: from now on the device wakes it. `false`: not now, there is output.
+    pub fn rest(&self) -> bool {
+        self.flags.loop_rests.store(true, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        if self.output.is_empty() {
+            return true;
+        }
+        self.flags.loop_rests.store(false, Ordering::Relaxed);
+        false
+    }
+
+    /// The event loop is up: the device need not wake it.
+    pub fn up(&self) {
+        self.flags.loop_rests.store(false, Ordering::Relaxed);
+    }
+
+    /// Gives bytes to the device; returns how many were taken. If not all, the device will wake us.
+    pub fn give(&mut self, bytes: &[u8]) -> usize {
+        let mut given = self.push(bytes);
+        if given < bytes.len() {
+            self.flags.input_wanted.store(true, Ordering::Relaxed);
+            fence(Ordering::SeqCst);
+            given += self.push(&bytes[given..]);
+        }
+        given
+    }
+
+    fn push(&mut self, bytes: &[u8]) -> usize {
+        let mut given = 0;
+        for byte in bytes {
+            if self.input.push(*byte).is_err() {
+                break;
+            }
+            given += 1;
+        }
+        given
+    }
+
+    /// Bytes that were dropped because the device sent without room.
+    pub fn dropped(&self) -> u64 {
+        self.flags.dropped.load(Ordering::Relaxed)
+    }
+}
+
+/// Adds 1 to an eventfd. It can only fail if the counter is full, and then the loop is awake anyway.
+pub fn wake(waker: &EventFd) {
+    let _ = waker.write(1);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ends() -> (CharacterEnd, HostEnd, Waker) {
+        let waker = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
+        let (device, host) = pair(waker.clone());
+        (device, host, waker)
+    }
+
+    #[test]
+    fn a_burst_wakes_a_resting_loop_once() {
+        let (mut device, host, waker) = ends();
+        assert!(host.rest());
+        for byte in 0..10 {
+            assert!(device.transmit(byte));
+        }
+        assert_eq!(waker.read().unwrap(), 1);
+        assert!(!host.rest());
+    }
+
+    #[test]
+    fn a_full_ring_says_so_before_a_byte_is_lost_and_tells_when_there_is_room() {
+        let (mut device, mut host, _) = ends();
+        let mut sent = 0;
+        while device.transmit(sent as u8) {
+            sent += 1;
+        }
+        assert_eq!(sent + 1, RING_BYTES);
+        assert_eq!(host.dropped(), 0);
+        assert!(host.wants_output_ready());
+        assert!(!host.wants_output_ready());
+        let chunk = host.output();
+        let taken = chunk.len();
+        chunk.commit_all();
+        assert_eq!(taken, RING_BYTES);
+        assert!(device.transmit(0));
+    }
+
+    #[test]
+    fn input_beyond_the_ring_waits_and_wakes_the_loop_at_half() {
+        let (mut device, mut host, waker) = ends();
+        let bytes = vec![7; RING_BYTES + 10];
+        assert_eq!(host.give(&bytes), RING_BYTES);
+        assert!(waker.read().is_err());
+        for _ in 0..RING_BYTES / 2 {
+            assert_eq!(device.receive(), Some(7));
+        }
+        assert_eq!(waker.read().unwrap(), 1);
+        assert_eq!(host.give(&bytes[..10]), 10);
+    }
+
+    #[test]
+    fn two_threads_lose_nothing() {
+        const BYTES: usize = 300_000;
+        let (mut device, mut host, waker) = ends();
+        let sender = std::thread::spawn(move || {
+            for n in 0..BYTES {
+                // Like a UART: after "no room", wait until told (here: until there is room).
+                if !device.transmit(n as u8) {
+                    while device.output.is_full() {
+                        std::thread::yield_now();
+                    }
+                }
+            }
+        });
+        let mut next = 0;
+        while next < BYTES {
+            let chunk = host.output();
+            for byte in chunk {
+                assert_eq!(byte, next as u8);
+                next += 1;
+            }
+            let _ = host.wants_output_ready();
+            if host.rest() {
+                // Woken, or the sender is still on its way: look again.
+                let _ = waker.read();
+                std::thread::yield_now();
+            }
+            host.up();
+        }
+        sender.join().unwrap();
+        assert_eq!(host.dropped(), 0);
+    }
+}

@@ -1,0 +1,216 @@
+//! Where the guest's console goes: this terminal (or pipe), a file, a pseudo-terminal, or nowhere.
+
+use nix::fcntl::OFlag;
+use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
+use nix::sys::termios::{self, SetArg};
+use std::fs::{File, OpenOptions};
+use std::io::IsTerminal;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// What `--console` says.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub enum ConsoleKind {
+    /// stdin and stdout.
+    #[default]
+    Stdio,
+    /// Output into a file, which is made or emptied; no input.
+    File(PathBuf),
+    /// A pseudo-terminal whose name is told on stderr.
+    Pty,
+    /// Output is dropped; no input.
+    Off,
+}
+
+impl FromStr for ConsoleKind {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "stdio" => Ok(ConsoleKind::Stdio),
+            "pty" => Ok(ConsoleKind::Pty),
+            "off" => Ok(ConsoleKind::Off),
+            _ => match text.strip_prefix("file:") {
+                Some("") => Err("file: needs a path behind the colon".into()),
+                Some(path) => Ok(ConsoleKind::File(path.into())),
+                None => Err(format!(
+                    "'{text}' is not a console; there are stdio, file:PATH, pty and off"
+                )),
+            },
+        }
+    }
+}
+
+/// Why a console cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum ConsoleError {
+    /// The file cannot be made.
+    #[error("the console file {path} cannot be opened for writing; check the directory and its permissions")]
+    File {
+        /// As given.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The host gives no pseudo-terminal.
+    #[error("the host gives no pseudo-terminal for the console")]
+    Pty(#[source] std::io::Error),
+    /// A descriptor is missing.
+    #[error("stdin or stdout is closed; give the console somewhere to go with --console")]
+    Stdio(#[source] std::io::Error),
+}
+
+/// A console that was opened.
+pub struct Console {
+    /// Where input comes from.
+    input: Option<OwnedFd>,
+    /// Where output goes; `None` drops it.
+    output: Option<OwnedFd>,
+    /// What errors call it.
+    pub name: String,
+    /// Whether a person types here, so that escapes mean something.
+    pub interactive: bool,
+    /// A pseudo-terminal has times when nobody is on the other side.
+    pub comes_and_goes: bool,
+}
+
+impl Console {
+    /// Opens a console.
+    ///
+    /// # Errors
+    /// See [`ConsoleError`].
+    pub fn open(kind: &ConsoleKind) -> Result<Console, ConsoleError> {
+        let quiet = |name: &str| Console {
+            input: None,
+            output: None,
+            name: name.into(),
+            interactive: false,
+            comes_and_goes: false,
+        };
+        match kind {
+            ConsoleKind::Off => Ok(quiet("off")),
+            ConsoleKind::File(path) => {
+                let file = OpenOptions::new()
+                    .write(true)
+                    .create(true)
+                    .truncate(true)
+                    .open(path)
+                    .map_err(|source| ConsoleError::File {
+                        path: path.clone(),
+                        source,
+                    })?;
+                Ok(Console {
+                    output: Some(file.into()),
+                    ..quiet(&path.display().to_string())
+                })
+            }
+            ConsoleKind::Stdio => {
+                // Copies, so that closing the console does not close what the program was given.
+                let input = std::io::stdin()
+                    .as_fd()
+                    .try_clone_to_owned()
+                    .map_err(ConsoleError::Stdio)?;
+                let output = std::io::stdout()
+                    .as_fd()
+                    .try_clone_to_owned()
+                    .map_err(ConsoleError::Stdio)?;
+                Ok(Console {
+                    input: Some(input),
+                    output: Some(output),
+                    interactive: std::io::stdin().is_terminal(),
+                    ..quiet("stdout")
+                })
+            }
+            ConsoleKind::Pty => {
+                let (master, name) = open_pty().map_err(ConsoleError::Pty)?;
+                let output = master.try_clone().map_err(ConsoleError::Pty)?;
+                Ok(Console {
+                    input: Some(master),
+                    output: Some(output),
+                    comes_and_goes: true,
+                    ..quiet(&name)
+                })
+            }
+        }
+    }
+
+    /// Where input comes from.
+    pub fn input(&self) -> Option<BorrowedFd<'_>> {
+        self.input.as_ref().map(|fd| fd.as_fd())
+    }
+
+    /// Where output goes.
+    pub fn output(&self) -> Option<BorrowedFd<'_>> {
+        self.output.as_ref().map(|fd| fd.as_fd())
+    }
+
+    /// No more input will come.
+    pub fn close_input(&mut self) {
+        self.input = None;
+    }
+
+    /// Output cannot be written any more; drop what comes.
+    pub fn close_output(&mut self) {
+        self.output = None;
+    }
+}
+
+fn open_pty() -> std::io::Result<(OwnedFd, String)> {
+    let master = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC)?;
+    grantpt(&master)?;
+    unlockpt(&master)?;
+    let name = ptsname_r(&master)?;
+    // Opened and closed once: from then on the master says (POLLHUP) whether somebody is on the other side. Raw, so
+    // that what comes before that somebody has set it up is not echoed back to the guest.
+    let slave = File::options().read(true).write(true).open(&name)?;
+    let mut raw = termios::tcgetattr(&slave)?;
+    termios::cfmakeraw(&mut raw);
+    termios::tcsetattr(&slave, SetArg::TCSANOW, &raw)?;
+    drop(slave);
+    // SAFETY: the descriptor is taken out of its owner, which forgets it.
+    let owned = unsafe {
+        use std::os::fd::{FromRawFd, IntoRawFd};
+        OwnedFd::from_raw_fd(master.into_raw_fd())
+    };
+    Ok((owned, name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kinds_parse() {
+        assert_eq!("stdio".parse(), Ok(ConsoleKind::Stdio));
+        assert_eq!("file:/x/y".parse(), Ok(ConsoleKind::File("/x/y".into())));
+        assert_eq!(
+            "file:".parse::<ConsoleKind>(),
+            Err("file: needs a path behind the colon".into())
+        );
+        assert!(
+            "tcp:1"
+                .parse::<ConsoleKind>()
+                .unwrap_err()
+                .contains("'tcp:1' is not a console")
+        );
+    }
+
+    #[test]
+    fn a_file_in_no_directory_is_named() {
+        let Err(error) = Console::open(&ConsoleKind::File("/nowhere/console".into())) else {
+            panic!()
+        };
+        assert!(error.to_string().contains("/nowhere/console"), "{error}");
+    }
+
+    #[test]
+    fn a_pty_has_a_name_that_opens() {
+        let console = Console::open(&ConsoleKind::Pty).unwrap();
+        assert!(
+            File::options().read(true).write(true).open(&console.name).is_ok(),
+            "{}",
+            console.name
+        );
+    }
+}

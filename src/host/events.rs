@@ -1,0 +1,449 @@
+//! The event loop: one thread that waits for everything that is not a vCPU: the console's descriptors, the devices'
+//! deadlines, and signals.
+//!
+//! Owns: the console, the event loop's end of the character rings. Receives: [`Order`]. Posts to: the console's
+//! device, the devices with deadlines, the machine. Asks: nobody. Rank: backend. Ends: on [`Order::Stop`].
+//!
+//! It never writes to a descriptor that is not ready, so a pipe that nobody reads or a terminal that was stopped
+//! with Ctrl-S holds up the guest's output (the UART's transmitter then stays busy) and nothing else.
+
+use super::character::{HostEnd, RING_BYTES, Waker, wake};
+use super::console::Console;
+use super::escape::{Command, Escape, HELP};
+use super::timer::TimerSlot;
+use super::{log as hostlog, terminal};
+use crate::actors::{Port, Rank, RankGuard};
+use crate::clock::Clock;
+use crate::devices::Nanos;
+use crate::devices::shell::{DeviceMessage, Shell};
+use crossbeam_channel::{Receiver, Sender, bounded};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::signal::SigSet;
+use nix::sys::time::TimeSpec;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::iterator::backend::SignalDelivery;
+use signal_hook::iterator::exfiltrator::SignalOnly;
+use slog::{Logger, error, info};
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+/// After the last output the loop looks for more at this interval before it rests and must be woken by a system
+/// call on a vCPU's thread: a boot log costs a few hundred of those instead of tens of thousands.
+const LINGER: Duration = Duration::from_millis(4);
+
+/// How often to look whether somebody has opened the pseudo-terminal again.
+const PTY_LOOK: Duration = Duration::from_millis(100);
+
+/// At most this much is written at once: what a pipe that polls as writable takes without blocking (PIPE_BUF,
+/// [POSIX pipe(7)]).
+const WRITE_BYTES: usize = 4096;
+
+/// What the event loop tells the machine.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum HostEvent {
+    /// One of INT, TERM, HUP, QUIT came.
+    Signal(i32),
+    /// Somebody typed Ctrl-A x.
+    Quit,
+}
+
+/// What the machine tells the event loop.
+enum Order {
+    /// Write what is left, for at most this long, then end.
+    Stop(Duration),
+}
+
+/// The machine's hold of the event loop.
+pub struct EventLoopHandle {
+    orders: Sender<Order>,
+    waker: Waker,
+    ended: Receiver<()>,
+}
+
+impl EventLoopHandle {
+    /// Tells the loop to end: what devices have sent is written first if that takes no longer than `limit`.
+    pub fn stop(&self, limit: Duration) {
+        if self.orders.try_send(Order::Stop(limit)).is_ok() {
+            wake(&self.waker);
+        }
+    }
+
+    /// Gets one message when the loop has ended.
+    pub fn ended(&self) -> &Receiver<()> {
+        &self.ended
+    }
+}
+
+/// A character device and where its bytes go.
+pub struct CharacterDevice {
+    /// The host side.
+    pub console: Console,
+    /// The rings.
+    pub end: HostEnd,
+    /// Where to tell that there is input or room.
+    pub port: Port<Shell>,
+}
+
+/// A device with deadlines, as the loop sees it.
+pub struct TimedDevice {
+    /// When.
+    pub slot: TimerSlot,
+    /// Whom to tell.
+    pub port: Port<Shell>,
+}
+
+/// What the loop is made of.
+pub struct EventLoop {
+    /// Guest time.
+    pub clock: Clock,
+    /// What devices wake it with.
+    pub waker: Waker,
+    /// Devices with bytes.
+    pub characters: Vec<CharacterDevice>,
+    /// Devices with deadlines.
+    pub timed: Vec<TimedDevice>,
+    /// Where signals and escapes go. Must not wait for long.
+    pub machine: Box<dyn Fn(HostEvent) + Send>,
+    /// For what goes wrong with the console.
+    pub log: Logger,
+}
+
+/// The signals that end the machine.
+const ENDING: [i32; 4] = [SIGINT, SIGTERM, SIGHUP, SIGQUIT];
+
+type Signals = SignalDelivery<UnixStream, SignalOnly>;
+
+/// Starts to collect signals. Before any thread is started that could be killed by one.
+///
+/// # Errors
+/// What the host says.
+pub fn collect_signals() -> std::io::Result<Signals> {
+    let (read, write) = UnixStream::pair()?;
+    read.set_nonblocking(true)?;
+    SignalDelivery::with_pipe(read, write, SignalOnly, ENDING)
+}
+
+impl EventLoop {
+    /// Starts the loop's thread.
+    ///
+    /// # Errors
+    /// When the host cannot start a thread.
+    pub fn start(self, signals: Signals) -> std::io::Result<EventLoopHandle> {
+        // One order, ever.
+        let (orders, inbox) = bounded(1);
+        let (tell, ended) = bounded(1);
+        let waker = self.waker.clone();
+        std::thread::Builder::new().name("events".into()).spawn(move || {
+            let _rank = RankGuard::enter(Rank::Backend);
+            Running {
+                clock: self.clock,
+                waker: self.waker,
+                lines: self.characters.into_iter().map(Line::new).collect(),
+                timed: self.timed,
+                machine: self.machine,
+                log: self.log,
+                inbox,
+                until: None,
+            }
+            .run(signals);
+            let _ = tell.send(());
+        })?;
+        Ok(EventLoopHandle { orders, waker, ended })
+    }
+}
+
+/// The loop while it runs.
+struct Running {
+    clock: Clock,
+    waker: Waker,
+    lines: Vec<Line>,
+    timed: Vec<TimedDevice>,
+    machine: Box<dyn Fn(HostEvent) + Send>,
+    log: Logger,
+    inbox: Receiver<Order>,
+    /// Stopping: until when.
+    until: Option<Instant>,
+}
+
+impl Running {
+    fn run(mut self, mut signals: Signals) {
+        loop {
+            if let Ok(Order::Stop(limit)) = self.inbox.try_recv() {
+                self.until = Some(Instant::now() + limit);
+            }
+            self.deliver();
+            if let Some(until) = self.until
+                && (!self.lines.iter().any(Line::has_work) || Instant::now() >= until)
+            {
+                return;
+            }
+            self.sleep(&mut signals);
+        }
+    }
+
+    /// Due ticks, and news for devices that could not be delivered before.
+    fn deliver(&mut self) {
+        let now = self.clock.now();
+        for timed in &mut self.timed {
+            if timed.slot.take_due(now)
+                && timed.port.try_post(DeviceMessage::Tick) == Err(Some(DeviceMessage::Tick))
+            {
+                // No credit: the device is busy. Again when it may have one.
+                timed.slot.set(Some(Nanos(now.0 + 1_000_000)));
+            }
+        }
+        for line in &mut self.lines {
+            line.deliver();
+        }
+    }
+
+    /// Sleeps until something happens, and takes what came through descriptors.
+    fn sleep(&mut self, signals: &mut Signals) {
+        let timeout = self.timeout();
+        // SAFETY: the descriptor belongs to `signals`, which outlives the poll.
+        let signal_fd = unsafe { BorrowedFd::borrow_raw(signals.get_read().as_raw_fd()) };
+        // SAFETY: as above, with the waker, an Arc held by `self`.
+        let waker_fd = unsafe { BorrowedFd::borrow_raw(self.waker.as_raw_fd()) };
+        let mut polled = vec![
+            PollFd::new(waker_fd, PollFlags::POLLIN),
+            PollFd::new(signal_fd, PollFlags::POLLIN),
+        ];
+        let stopping = self.until.is_some();
+        let mut at = |fd: Option<BorrowedFd<'_>>, flags| {
+            // SAFETY: the descriptor belongs to a console of `self`, which is not changed before the poll is over.
+            let fd = unsafe { BorrowedFd::borrow_raw(fd?.as_raw_fd()) };
+            polled.push(PollFd::new(fd, flags));
+            Some(polled.len() - 1)
+        };
+        let places: Vec<_> = self
+            .lines
+            .iter()
+            .map(|line| {
+                let input = at(line.wanted_input().filter(|_| !stopping), PollFlags::POLLIN);
+                (input, at(line.wanted_output(), PollFlags::POLLOUT))
+            })
+            .collect();
+        let ready = match ppoll(&mut polled, timeout.map(TimeSpec::from), None::<SigSet>) {
+            Ok(ready) => ready > 0,
+            Err(Errno::EINTR) => false,
+            Err(error) => {
+                error!(self.log, "the event loop cannot wait: {}", error.desc());
+                std::thread::sleep(LINGER);
+                false
+            }
+        };
+        let fired = |at: Option<usize>| {
+            ready
+                && at
+                    .and_then(|at| polled[at].revents())
+                    .is_some_and(|events| !events.is_empty())
+        };
+        if fired(Some(0)) {
+            let _ = self.waker.read();
+        }
+        if fired(Some(1)) {
+            for signal in signals.pending() {
+                (self.machine)(HostEvent::Signal(signal));
+            }
+        }
+        let fired: Vec<_> = places
+            .into_iter()
+            .map(|(input, output)| (fired(input), fired(output)))
+            .collect();
+        for (line, (readable, writable)) in self.lines.iter_mut().zip(fired) {
+            line.device.end.up();
+            line.look_for_peer();
+            if readable {
+                line.read_input(&*self.machine, &self.log);
+            }
+            if writable || line.nobody_listens() {
+                line.write_output(&self.log);
+            }
+        }
+    }
+
+    /// How long to sleep: `None` for as long as nothing happens.
+    fn timeout(&mut self) -> Option<Duration> {
+        let now = self.clock.now();
+        let deadlines = self.timed.iter().filter_map(|timed| timed.slot.deadline());
+        let deadline = deadlines
+            .map(|deadline| Duration::from_nanos(deadline.0.saturating_sub(now.0)))
+            .min();
+        let until = self
+            .until
+            .map(|until| until.saturating_duration_since(Instant::now()));
+        let lines = self.lines.iter_mut().filter_map(Line::timeout).min();
+        [deadline, until, lines].into_iter().flatten().min()
+    }
+}
+
+/// One character device's line to the outside.
+struct Line {
+    device: CharacterDevice,
+    escape: Escape,
+    /// Typed, but not yet in the ring.
+    typed: Vec<u8>,
+    /// When output last came; the loop lingers after it.
+    last_output: Option<Instant>,
+    /// Somebody is on the other side (of a pseudo-terminal; elsewhere always).
+    connected: bool,
+    /// Whether the device has been told of the input, or of the room, that there is. It has not if its mailbox had
+    /// no credit.
+    input_told: bool,
+    output_told: bool,
+}
+
+impl Line {
+    fn new(device: CharacterDevice) -> Line {
+        Line {
+            device,
+            escape: Escape::default(),
+            typed: Vec::new(),
+            last_output: None,
+            connected: true,
+            input_told: true,
+            output_told: true,
+        }
+    }
+
+    /// Whether the device has sent something that somebody may still want.
+    fn has_work(&self) -> bool {
+        self.device.end.has_output() && !self.nobody_listens()
+    }
+
+    fn nobody_listens(&self) -> bool {
+        self.device.console.output().is_none() || !self.connected
+    }
+
+    /// What cannot be taken is not asked for: back-pressure to whoever types or pastes. A pseudo-terminal that
+    /// nobody has opened would report that for ever; it is looked at now and then.
+    fn wanted_input(&self) -> Option<BorrowedFd<'_>> {
+        self.device
+            .console
+            .input()
+            .filter(|_| self.typed.is_empty() && self.connected)
+    }
+
+    fn wanted_output(&self) -> Option<BorrowedFd<'_>> {
+        self.device
+            .console
+            .output()
+            .filter(|_| self.connected && self.device.end.has_output())
+    }
+
+    fn timeout(&mut self) -> Option<Duration> {
+        let mut wanted = Vec::with_capacity(3);
+        if !self.input_told || !self.output_told {
+            wanted.push(Duration::from_millis(1));
+        }
+        if !self.connected {
+            wanted.push(PTY_LOOK);
+        }
+        let waiting = self.device.end.has_output();
+        if waiting && self.nobody_listens() {
+            wanted.push(Duration::ZERO);
+        } else if !waiting {
+            if self.last_output.is_some_and(|last| last.elapsed() < LINGER) {
+                wanted.push(LINGER);
+            } else if !self.device.end.rest() {
+                wanted.push(Duration::ZERO);
+            }
+        }
+        wanted.into_iter().min()
+    }
+
+    fn deliver(&mut self) {
+        let CharacterDevice { end, port, .. } = &mut self.device;
+        if !self.typed.is_empty() {
+            let given = end.give(&self.typed);
+            self.typed.drain(..given);
+            self.input_told &= given == 0;
+        }
+        self.output_told &= !end.wants_output_ready();
+        if !self.output_told {
+            self.output_told = !matches!(port.try_post(DeviceMessage::OutputReady), Err(Some(_)));
+        }
+        if !self.input_told {
+            self.input_told = !matches!(port.try_post(DeviceMessage::InputReady), Err(Some(_)));
+        }
+    }
+
+    /// Whether somebody is on the other side of a pseudo-terminal.
+    fn look_for_peer(&mut self) {
+        let console = &self.device.console;
+        let Some(fd) = console.input().filter(|_| console.comes_and_goes) else {
+            return;
+        };
+        let mut polled = [PollFd::new(fd, PollFlags::POLLIN)];
+        let events = match ppoll(&mut polled, Some(TimeSpec::from(Duration::ZERO)), None::<SigSet>) {
+            Ok(1..) => polled[0].revents(),
+            _ => None,
+        };
+        self.connected = !events.is_some_and(|events| events.contains(PollFlags::POLLHUP));
+    }
+
+    fn read_input(&mut self, machine: &dyn Fn(HostEvent), log: &Logger) {
+        let console = &mut self.device.console;
+        let Some(fd) = console.input() else { return };
+        let mut bytes = [0; RING_BYTES / 2];
+        match nix::unistd::read(fd, &mut bytes) {
+            Ok(0) => console.close_input(),
+            Ok(length) if !console.interactive => self.typed.extend_from_slice(&bytes[..length]),
+            Ok(length) => {
+                for byte in &bytes[..length] {
+                    match self.escape.feed(*byte, &mut self.typed) {
+                        Some(Command::Quit) => machine(HostEvent::Quit),
+                        Some(Command::Help) => hostlog::print(HELP.trim_end()),
+                        None => {}
+                    }
+                }
+            }
+            Err(Errno::EINTR | Errno::EAGAIN) => {}
+            // The other side of a pseudo-terminal has gone; `look_for_peer` sees to it.
+            Err(Errno::EIO) if console.comes_and_goes => {}
+            Err(error) => {
+                info!(log, "no more input from {}: {}", console.name, error.desc());
+                console.close_input();
+            }
+        }
+    }
+
+    fn write_output(&mut self, log: &Logger) {
+        let nobody = self.nobody_listens();
+        let CharacterDevice { console, end, .. } = &mut self.device;
+        self.last_output = Some(Instant::now());
+        let chunk = end.output();
+        let (first, _) = chunk.as_slices();
+        let bytes = &first[..first.len().min(WRITE_BYTES)];
+        let Some(fd) = console.output().filter(|_| !nobody) else {
+            // The bytes are gone, as on a wire that is not plugged in.
+            chunk.commit_all();
+            return;
+        };
+        match nix::unistd::write(fd, bytes) {
+            Ok(written) => chunk.commit(written),
+            Err(Errno::EINTR | Errno::EAGAIN) => {}
+            Err(error) => {
+                error!(
+                    log,
+                    "output to {} is lost from here on: {}",
+                    console.name,
+                    error.desc()
+                );
+                chunk.commit_all();
+                console.close_output();
+            }
+        }
+    }
+}
+
+/// The terminal is raw while the guest has it.
+pub fn take_terminal(console: &Console) -> Option<terminal::Raw> {
+    if console.interactive {
+        terminal::Raw::enter()
+    } else {
+        None
+    }
+}

@@ -1,0 +1,485 @@
+//! Guest memory: how much, what backs it, where it is, and what the guest is told about it.
+//!
+//! RAM is one contiguous block from 0 up to the PCI hole, and what does not fit there goes on at 4 GiB. The legacy
+//! hole between 640 KiB and 1 MiB has RAM behind it too (the ACPI tables are there), but the memory map that the
+//! guest gets leaves it out.
+//!
+//! All of it is one shared memfd, so that another process can be given guest memory by its descriptor, and pages
+//! are taken from the host when they are first touched.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
+
+use crate::boot::layout;
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+const PAGE_BYTES: u64 = 4 * KIB;
+const HUGE_PAGE_BYTES: u64 = 2 * MIB;
+
+/// The least memory a machine can have: boot structures, a small kernel and its stack fit.
+pub const MIN_BYTES: u64 = 16 * MIB;
+/// The most: 46 address bits are the least that 64-bit server processors have; this stays clear of them.
+pub const MAX_BYTES: u64 = 16 << 40;
+
+const MEMFD_NAME: &CStr = c"guest-ram";
+const FREE_HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+
+/// What guest memory is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Backing {
+    /// Ordinary pages (and transparent huge pages where the host offers them for shared memory).
+    #[default]
+    Memfd,
+    /// 2 MiB pages out of the host's pool. They are reserved when the machine starts.
+    Hugepages,
+}
+
+/// How much memory the guest has, and what backs it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryConfig {
+    /// RAM in bytes: what [`parse_size`] lets through.
+    pub size_bytes: u64,
+    /// What it is made of.
+    pub backing: Backing,
+}
+
+/// A memory size that cannot be.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum SizeError {
+    /// Not a number with a unit.
+    #[error("`{0}` is not a memory size; write for example 512M, 4.5G or 536870912")]
+    Syntax(String),
+    /// Zero.
+    #[error("a machine needs memory; the least is {}", human(MIN_BYTES))]
+    Zero,
+    /// Below [`MIN_BYTES`].
+    #[error("{size} of memory is too little; the least is {least}", size = human(*.0), least = human(MIN_BYTES))]
+    TooSmall(u64),
+    /// Above [`MAX_BYTES`].
+    #[error("`{0}` of memory is more than a machine can have; the most is {most}", most = human(MAX_BYTES))]
+    TooLarge(String),
+    /// Not whole pages.
+    #[error("{size} bytes of memory are not a multiple of {page}; the nearest size below is {nearest}",
+        nearest = .size - .size % .page)]
+    PartialPage {
+        /// What was asked for.
+        size: u64,
+        /// The page size it should be a multiple of.
+        page: u64,
+    },
+}
+
+/// Guest memory could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The size does not fit the backing.
+    #[error("the memory size does not fit --hugepages")]
+    Size(#[source] SizeError),
+    /// The host has no memfd, or not with huge pages.
+    #[error("cannot create the file behind guest memory{}", if *.huge { " (does this host's kernel have hugetlbfs? without --hugepages it is not needed)" } else { "" })]
+    Create {
+        /// Whether huge pages were asked for.
+        huge: bool,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The host's pool of huge pages is too small.
+    #[error(
+        "not enough huge pages: {needed} of 2 MiB are needed and {free} are free; `sysctl vm.nr_hugepages={sysctl}` \
+         makes room, or leave --hugepages out",
+        sysctl = .needed - .free.min(.needed) + .pool
+    )]
+    HugePages {
+        /// Pages needed.
+        needed: u64,
+        /// Pages free in the pool.
+        free: u64,
+        /// Pages in the pool, used ones included.
+        pool: u64,
+    },
+    /// The host does not give that much.
+    #[error("the host does not give {} of address space for guest memory; give less with --memory, or look at `ulimit -v` and vm.overcommit_memory", human(*.size))]
+    Map {
+        /// Size of the block in bytes.
+        size: u64,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Parses `512M`, `4.5G`, `1536m`, `2GiB` or plain bytes: binary units K, M, G and T.
+pub fn parse_size(text: &str) -> Result<u64, SizeError> {
+    let syntax = || SizeError::Syntax(text.to_owned());
+    let trimmed = text.trim();
+    let split = trimmed
+        .find(|c: char| !(c.is_ascii_digit() || c == '.'))
+        .unwrap_or(trimmed.len());
+    let (number, unit) = trimmed.split_at(split);
+    let shift = match unit.to_ascii_lowercase().as_str() {
+        "" | "b" => 0,
+        "k" | "kib" => 10,
+        "m" | "mib" => 20,
+        "g" | "gib" => 30,
+        "t" | "tib" => 40,
+        _ => return Err(syntax()),
+    };
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+    let fraction_is_off = number.contains('.') && (fraction.is_empty() || fraction.len() > 9 || shift == 0);
+    if whole.is_empty() || fraction_is_off || fraction.contains('.') {
+        return Err(syntax());
+    }
+    // All digits by now: what does not parse is too long for the type.
+    let too_large = || SizeError::TooLarge(text.to_owned());
+    let whole: u64 = whole.parse().map_err(|_| too_large())?;
+    let mut bytes = u128::from(whole) << shift;
+    if !fraction.is_empty() {
+        let digits: u128 = fraction.parse().map_err(|_| syntax())?;
+        bytes += (digits << shift) / 10u128.pow(fraction.len() as u32);
+    }
+    if bytes > u128::from(MAX_BYTES) {
+        return Err(too_large());
+    }
+    check_size(bytes as u64, PAGE_BYTES)
+}
+
+fn check_size(size: u64, page: u64) -> Result<u64, SizeError> {
+    match size {
+        0 => Err(SizeError::Zero),
+        _ if size < MIN_BYTES => Err(SizeError::TooSmall(size)),
+        _ if size > MAX_BYTES => Err(SizeError::TooLarge(human(size))),
+        _ if !size.is_multiple_of(page) => Err(SizeError::PartialPage { size, page }),
+        _ => Ok(size),
+    }
+}
+
+/// A size in the largest unit that shows it exactly.
+pub fn human(bytes: u64) -> String {
+    const UNITS: [(u32, &str); 4] = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
+    for (shift, unit) in UNITS {
+        if bytes >> shift != 0 && bytes.trailing_zeros() >= shift {
+            return format!("{} {unit}", bytes >> shift);
+        }
+    }
+    format!("{bytes} bytes")
+}
+
+/// Where RAM is: guest address and length of each block.
+pub fn blocks(size_bytes: u64) -> Vec<(GuestAddress, u64)> {
+    let below = size_bytes.min(layout::PCI_HOLE);
+    let mut blocks = vec![(GuestAddress(0), below)];
+    if size_bytes > below {
+        blocks.push((GuestAddress(layout::RAM_ABOVE_4G), size_bytes - below));
+    }
+    blocks
+}
+
+/// Takes guest memory from the host: one memfd, mapped shared, a region for each of [`blocks`].
+pub fn create(config: &MemoryConfig) -> Result<GuestMemoryMmap, MemoryError> {
+    let huge = config.backing == Backing::Hugepages;
+    let page = if huge { HUGE_PAGE_BYTES } else { PAGE_BYTES };
+    let size = check_size(config.size_bytes, page).map_err(MemoryError::Size)?;
+
+    let fail = |errno: Errno| MemoryError::Create {
+        huge,
+        source: errno.into(),
+    };
+    let mut flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    if huge {
+        flags |= MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
+    }
+    let file = File::from(memfd_create(MEMFD_NAME, flags).map_err(fail)?);
+    file.set_len(size)
+        .map_err(|source| MemoryError::Create { huge, source })?;
+    // Nobody who gets the descriptor can pull the memory from under the guest.
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(fail)?;
+
+    let file = std::sync::Arc::new(file);
+    let mut regions = Vec::with_capacity(2);
+    let mut offset = 0;
+    for (start, length) in blocks(size) {
+        // Reserving huge pages makes a pool that is too small an error here instead of a SIGBUS later.
+        let noreserve = if huge { 0 } else { libc::MAP_NORESERVE };
+        let region = MmapRegionBuilder::new(length as usize)
+            .with_file_offset(FileOffset::from_arc(file.clone(), offset))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_SHARED | noreserve)
+            .with_hugetlbfs(huge)
+            .build()
+            .map_err(|error| map_error(size, huge, error))?;
+        advise(&region, huge);
+        // `None` only where the address space ends, and MAX_BYTES is far from there.
+        let past_end = || map_error(size, huge, MmapRegionError::InvalidOffsetLength);
+        regions.push(GuestRegionMmap::new(region, start).ok_or_else(past_end)?);
+        offset += length;
+    }
+    GuestMemoryMmap::from_regions(regions)
+        .map_err(|_| map_error(size, huge, MmapRegionError::InvalidOffsetLength))
+}
+
+/// Hints to the host; a host that does not know one does without.
+fn advise(region: &vm_memory::MmapRegion, huge: bool) {
+    let mut hints = vec![libc::MADV_DONTDUMP];
+    if !huge {
+        hints.push(libc::MADV_HUGEPAGE);
+    }
+    for hint in hints {
+        // SAFETY: the range is exactly the mapping that `region` owns, and neither hint changes its content.
+        unsafe { libc::madvise(region.as_ptr().cast(), region.size(), hint) };
+    }
+}
+
+fn map_error(size: u64, huge: bool, error: MmapRegionError) -> MemoryError {
+    if huge {
+        let read = |path: &str| {
+            std::fs::read_to_string(path)
+                .ok()
+                .and_then(|s| s.trim().parse().ok())
+        };
+        return MemoryError::HugePages {
+            needed: size / HUGE_PAGE_BYTES,
+            free: read(FREE_HUGE_PAGES).unwrap_or(0),
+            pool: read(&FREE_HUGE_PAGES.replace("free", "nr")).unwrap_or(0),
+        };
+    }
+    let source = match error {
+        MmapRegionError::Mmap(source) => source,
+        other => io::Error::other(other),
+    };
+    MemoryError::Map { size, source }
+}
+
+/// What a range of guest-physical addresses is, as the guest is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RangeKind {
+    /// RAM that the guest may use.
+    Usable,
+    /// Not for the guest to use.
+    Reserved,
+}
+
+/// One line of the memory map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryRange {
+    /// First address.
+    pub start: u64,
+    /// Length in bytes.
+    pub length: u64,
+    /// What it is.
+    pub kind: RangeKind,
+}
+
+impl MemoryRange {
+    /// The address behind the last.
+    pub fn end(&self) -> u64 {
+        self.start + self.length
+    }
+}
+
+/// The memory map of a machine with `size_bytes` of RAM, by ascending addresses: what E820 and PVH tell the guest.
+pub fn memory_map(size_bytes: u64) -> Vec<MemoryRange> {
+    use RangeKind::{Reserved, Usable};
+    let range = |kind, start: u64, end: u64| MemoryRange {
+        start,
+        length: end - start,
+        kind,
+    };
+    let low = size_bytes.min(layout::PCI_HOLE);
+    let mut map = vec![
+        range(Usable, 0, layout::LOW_RAM_END.min(low)),
+        range(Reserved, layout::LOW_RAM_END, 0xa_0000),
+        range(Reserved, layout::ACPI_TABLES, layout::ACPI_TABLES_END),
+    ];
+    if low > layout::HIMEM {
+        map.push(range(Usable, layout::HIMEM, low));
+    }
+    map.push(range(
+        Reserved,
+        layout::KVM_IDENTITY_MAP,
+        layout::KVM_TSS + 3 * PAGE_BYTES,
+    ));
+    if size_bytes > low {
+        map.push(range(
+            Usable,
+            layout::RAM_ABOVE_4G,
+            layout::RAM_ABOVE_4G + size_bytes - low,
+        ));
+    }
+    map
+}
+
+/// RAM in bytes of memory that [`create`] (or a test) made.
+pub fn total_bytes<M: GuestMemoryBackend>(memory: &M) -> u64 {
+    memory.iter().map(|region| region.len()).sum()
+}
+
+/// The address behind the last byte of the block of RAM that starts at 0.
+pub fn low_end<M: GuestMemoryBackend>(memory: &M) -> u64 {
+    memory
+        .find_region(GuestAddress(0))
+        .map_or(0, |region| region.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::Bytes;
+
+    #[test]
+    fn sizes_parse() {
+        for (text, bytes) in [
+            ("512M", 512 * MIB),
+            ("1536m", 1536 * MIB),
+            ("4.5G", 4608 * MIB),
+            ("0.25g", 256 * MIB),
+            ("2GiB", 2048 * MIB),
+            ("16384k", 16 * MIB),
+            ("536870912", 512 * MIB),
+            (" 64M ", 64 * MIB),
+            ("1T", 1 << 40),
+        ] {
+            assert_eq!(parse_size(text), Ok(bytes), "{text}");
+        }
+    }
+
+    #[test]
+    fn sizes_that_are_none_say_why() {
+        for text in [
+            "", "M", "12x", "1.2.3G", "1.G", ".5G", "-5M", "5 M", "0x10M", "1.5", "512MM", "½G",
+        ] {
+            assert_eq!(
+                parse_size(text),
+                Err(SizeError::Syntax(text.to_owned())),
+                "{text}"
+            );
+        }
+        assert_eq!(parse_size("0"), Err(SizeError::Zero));
+        assert_eq!(parse_size("0G"), Err(SizeError::Zero));
+        assert_eq!(parse_size("8M"), Err(SizeError::TooSmall(8 * MIB)));
+        assert_eq!(
+            parse_size("536870913"),
+            Err(SizeError::PartialPage {
+                size: 536_870_913,
+                page: PAGE_BYTES
+            })
+        );
+        for text in ["17T", "99999999999999999999999", "18446744073709551615T"] {
+            assert_eq!(
+                parse_size(text),
+                Err(SizeError::TooLarge(text.to_owned())),
+                "{text}"
+            );
+        }
+        assert_eq!(
+            parse_size("8M").unwrap_err().to_string(),
+            "8 MiB of memory is too little; the least is 16 MiB"
+        );
+        assert!(
+            parse_size("536870913")
+                .unwrap_err()
+                .to_string()
+                .ends_with("below is 536870912")
+        );
+    }
+
+    #[test]
+    fn blocks_leave_the_hole_out() {
+        assert_eq!(blocks(512 * MIB), [(GuestAddress(0), 512 * MIB)]);
+        assert_eq!(blocks(3072 * MIB), [(GuestAddress(0), 3072 * MIB)]);
+        assert_eq!(
+            blocks(4608 * MIB),
+            [
+                (GuestAddress(0), 3072 * MIB),
+                (GuestAddress(layout::RAM_ABOVE_4G), 1536 * MIB)
+            ]
+        );
+    }
+
+    #[test]
+    fn the_map_is_sorted_disjoint_and_complete() {
+        for size in [16 * MIB, 128 * MIB, 3072 * MIB, 3073 * MIB, 4608 * MIB, 64 << 30] {
+            let map = memory_map(size);
+            for pair in map.windows(2) {
+                assert!(pair[0].end() <= pair[1].start, "{pair:x?}");
+            }
+            let usable: u64 = map
+                .iter()
+                .filter(|r| r.kind == RangeKind::Usable)
+                .map(|range| range.length)
+                .sum();
+            assert_eq!(usable, size - (layout::HIMEM - layout::LOW_RAM_END));
+        }
+    }
+
+    #[test]
+    fn memory_is_there_zeroed_sealed_and_shared_across_the_hole() {
+        let memory = create(&MemoryConfig {
+            size_bytes: 3100 * MIB,
+            backing: Backing::Memfd,
+        })
+        .expect("guest memory");
+        assert_eq!(total_bytes(&memory), 3100 * MIB);
+        assert_eq!(low_end(&memory), layout::PCI_HOLE);
+        assert!(!memory.address_in_range(GuestAddress(layout::PCI_HOLE)));
+        let high = GuestAddress(layout::RAM_ABOVE_4G);
+        assert_eq!(memory.read_obj::<u64>(high).unwrap(), 0);
+        memory.write_obj(0x1122_3344u32, high).unwrap();
+
+        let region = memory.find_region(high).unwrap();
+        let offset = region.file_offset().unwrap();
+        let mut bytes = [0; 4];
+        std::os::unix::fs::FileExt::read_exact_at(offset.file(), &mut bytes, offset.start()).unwrap();
+        assert_eq!(u32::from_le_bytes(bytes), 0x1122_3344);
+        assert!(offset.file().set_len(0).is_err(), "a sealed file does not shrink");
+    }
+
+    #[test]
+    fn huge_pages_that_are_not_there_name_the_remedy() {
+        // More than any test machine has set aside.
+        let config = MemoryConfig {
+            size_bytes: 1 << 40,
+            backing: Backing::Hugepages,
+        };
+        match create(&config) {
+            Err(error @ MemoryError::HugePages { needed: 524_288, .. }) => {
+                let text = error.to_string();
+                assert!(
+                    text.contains("524288") && text.contains("sysctl vm.nr_hugepages="),
+                    "{text}"
+                );
+            }
+            Err(error @ MemoryError::Create { huge: true, .. }) => {
+                assert!(error.to_string().contains("hugetlbfs"));
+            }
+            other => panic!("{other:?}"),
+        }
+        let odd = MemoryConfig {
+            size_bytes: 17 * MIB,
+            backing: Backing::Hugepages,
+        };
+        assert!(matches!(
+            create(&odd),
+            Err(MemoryError::Size(SizeError::PartialPage { .. }))
+        ));
+    }
+
+    #[test]
+    fn sizes_read_well() {
+        assert_eq!(human(4608 * MIB), "4608 MiB");
+        assert_eq!(human(4 << 30), "4 GiB");
+        assert_eq!(human(5000), "5000 bytes");
+        assert_eq!(human(0), "0 bytes");
+    }
+}

@@ -1,0 +1,273 @@
+//! The KVM side of a machine: the VM descriptor, memory slots, interrupt controllers, and vCPUs before they have
+//! threads. Nothing here runs a guest.
+
+use crate::boot::entry::{self, EntryPoint};
+use crate::boot::layout;
+use crate::devices::shell::InterruptLine;
+use crate::machine::cpuid;
+use crate::vcpu::kvm::KvmBackend;
+use kvm_bindings as kvm;
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use std::sync::Arc;
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Why the host cannot provide a VM.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// /dev/kvm cannot be opened.
+    #[error("/dev/kvm cannot be opened: {}", remedy(*.0))]
+    Open(kvm_ioctls::Error),
+    /// KVM lacks something that every machine needs.
+    #[error("this host's KVM lacks {0}; a newer kernel has it")]
+    Lacks(&'static str),
+    /// More vCPUs than KVM allows.
+    #[error("{wanted} vCPUs are more than this host's KVM allows ({allowed}); use a smaller --cpus")]
+    TooManyVcpus {
+        /// As asked for.
+        wanted: usize,
+        /// KVM_CAP_MAX_VCPUS.
+        allowed: usize,
+    },
+    /// An ioctl failed.
+    #[error("KVM refuses {what}")]
+    Refused {
+        /// The ioctl and what it was for.
+        what: String,
+        /// Why.
+        source: kvm_ioctls::Error,
+    },
+    /// No eventfd.
+    #[error("the host gives no eventfd for an interrupt; is the limit of open files (ulimit -n) too low?")]
+    EventFd(#[source] std::io::Error),
+}
+
+fn remedy(error: kvm_ioctls::Error) -> &'static str {
+    match error.errno() {
+        libc::ENOENT => {
+            "it is not there; load the kvm-intel or kvm-amd module, or switch virtualization on in the \
+                         firmware (or, inside a VM, nested virtualization on its host)"
+        }
+        libc::EACCES | libc::EPERM => {
+            "no permission; run as root or join the group that owns it (usually kvm)"
+        }
+        libc::EMFILE | libc::ENFILE => "too many open files; raise ulimit -n",
+        _ => "the kernel refuses; see dmesg",
+    }
+}
+
+fn refused(what: impl Into<String>) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
+    let what = what.into();
+    move |source| VmError::Refused { what, source }
+}
+
+/// A VM.
+pub struct Vm {
+    kvm: Kvm,
+    fd: Arc<VmFd>,
+    memory: GuestMemoryMmap,
+    /// KVM_GET_VCPU_MMAP_SIZE, bytes.
+    mapped: usize,
+    sync_regs: i32,
+    irqchip: bool,
+    cpuid: kvm::CpuId,
+}
+
+/// APIC IDs above this need the 32-bit format of KVM's x2APIC interface.
+const XAPIC_IDS: usize = 255;
+
+impl Vm {
+    /// A VM with this memory. `irqchip`: with PIC, IOAPIC, local APICs and PIT in the kernel.
+    ///
+    /// # Errors
+    /// See [`VmError`].
+    pub fn new(memory: GuestMemoryMmap, vcpus: usize, irqchip: bool) -> Result<Vm, VmError> {
+        let kvm = Kvm::new().map_err(VmError::Open)?;
+        for (cap, name) in [
+            (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+            (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+            (Cap::Irqfd, "KVM_CAP_IRQFD"),
+            (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+            (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+        ] {
+            if !kvm.check_extension(cap) {
+                return Err(VmError::Lacks(name));
+            }
+        }
+        let allowed = kvm.get_max_vcpus();
+        if vcpus > allowed {
+            return Err(VmError::TooManyVcpus {
+                wanted: vcpus,
+                allowed,
+            });
+        }
+        let fd = kvm.create_vm().map_err(refused("KVM_CREATE_VM"))?;
+        if vcpus > XAPIC_IDS {
+            let cap = kvm::kvm_enable_cap {
+                cap: kvm::KVM_CAP_X2APIC_API,
+                args: [
+                    u64::from(
+                        kvm::KVM_X2APIC_API_USE_32BIT_IDS | kvm::KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
+                    ),
+                    0,
+                    0,
+                    0,
+                ],
+                ..Default::default()
+            };
+            fd.enable_cap(&cap).map_err(refused("KVM_CAP_X2APIC_API"))?;
+        }
+        // Only Intel hosts use these, and only without "unrestricted guest"; harmless elsewhere. Before any vCPU.
+        fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+            .map_err(refused("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        fd.set_tss_address(layout::KVM_TSS as usize)
+            .map_err(refused("KVM_SET_TSS_ADDR"))?;
+        for (slot, region) in memory.iter().enumerate() {
+            let what = format!(
+                "{} bytes of guest memory at {:#x}",
+                region.len(),
+                region.start_addr().raw_value()
+            );
+            let host = memory
+                .get_host_address(region.start_addr())
+                .expect("a region contains its own start");
+            let region = kvm::kvm_userspace_memory_region {
+                slot: slot as u32,
+                flags: 0,
+                guest_phys_addr: region.start_addr().raw_value(),
+                memory_size: region.len(),
+                userspace_addr: host as u64,
+            };
+            // SAFETY: the range is one mapping of `memory`, which this VM keeps a reference to, so it stays mapped
+            // for as long as the slot exists; only the guest and vm-memory's volatile accesses touch it.
+            unsafe { fd.set_user_memory_region(region) }.map_err(refused(what))?;
+        }
+        if irqchip {
+            fd.create_irq_chip().map_err(refused("KVM_CREATE_IRQCHIP"))?;
+            // Port 0x61 too: Linux's own calibration of the TSC looks at the PIT's output there.
+            let pit = kvm::kvm_pit_config {
+                flags: kvm::KVM_PIT_SPEAKER_DUMMY,
+                ..Default::default()
+            };
+            fd.create_pit2(pit).map_err(refused("KVM_CREATE_PIT2"))?;
+        }
+        let mapped = kvm
+            .get_vcpu_mmap_size()
+            .map_err(refused("KVM_GET_VCPU_MMAP_SIZE"))?;
+        let sync_regs = kvm.check_extension_int(Cap::SyncRegs);
+        let cpuid = kvm
+            .get_supported_cpuid(kvm::KVM_MAX_CPUID_ENTRIES)
+            .map_err(refused("KVM_GET_SUPPORTED_CPUID"))?;
+        Ok(Vm {
+            kvm,
+            fd: Arc::new(fd),
+            memory,
+            mapped,
+            sync_regs,
+            irqchip,
+            cpuid,
+        })
+    }
+
+    /// Makes a vCPU with its CPUID, and in the state of a processor after reset.
+    ///
+    /// # Errors
+    /// See [`VmError`].
+    pub fn vcpu(&self, index: usize, topology: &cpuid::Topology) -> Result<VcpuFd, VmError> {
+        let what = |ioctl: &str| refused(format!("{ioctl} for vcpu{index}"));
+        let fd = self
+            .fd
+            .create_vcpu(topology.apic_id(index as u32).into())
+            .map_err(what("KVM_CREATE_VCPU"))?;
+        let entries = cpuid::guest_entries(self.cpuid.as_slice(), topology, index as u32, &self.features());
+        let cpuid = kvm::CpuId::from_entries(&entries)
+            .map_err(|_| VmError::Lacks("room for the CPUID entries of this processor"))?;
+        fd.set_cpuid2(&cpuid).map_err(what("KVM_SET_CPUID2"))?;
+        let msrs = kvm::Msrs::from_entries(&[
+            // Fast string operations on, as firmware leaves it [SDM 4: IA32_MISC_ENABLE].
+            kvm::kvm_msr_entry {
+                index: 0x1a0,
+                data: 1,
+                ..Default::default()
+            },
+            // Variable ranges off, everything write-back, as firmware would leave RAM [SDM 3A §12.11.2.1].
+            kvm::kvm_msr_entry {
+                index: 0x2ff,
+                data: 1 << 11 | 6,
+                ..Default::default()
+            },
+        ])
+        .expect("two entries fit");
+        // A host that knows fewer takes fewer; the guest then sees the reset value.
+        fd.set_msrs(&msrs).map_err(what("KVM_SET_MSRS"))?;
+        Ok(fd)
+    }
+
+    /// Makes a vCPU start at `entry` instead of waiting for a start-up interrupt.
+    ///
+    /// # Errors
+    /// See [`VmError`].
+    pub fn enter_at(&self, fd: &VcpuFd, entry: &EntryPoint) -> Result<(), VmError> {
+        let base = fd.get_sregs().map_err(refused("KVM_GET_SREGS"))?;
+        let (regs, sregs) = entry::apply(entry, base);
+        fd.set_sregs(&sregs).map_err(refused("KVM_SET_SREGS"))?;
+        fd.set_regs(&regs).map_err(refused("KVM_SET_REGS"))
+    }
+
+    /// A vCPU as a backend for its actor.
+    pub fn backend(&self, fd: VcpuFd) -> KvmBackend {
+        KvmBackend::new(fd, self.mapped, self.memory.clone(), self.sync_regs, self.irqchip)
+    }
+
+    fn features(&self) -> cpuid::Features {
+        cpuid::Features {
+            tsc_deadline: self.irqchip && self.kvm.check_extension(Cap::TscDeadlineTimer),
+            tsc_khz: None,
+        }
+    }
+
+    /// An edge-triggered interrupt line by irqfd: what ISA devices have.
+    ///
+    /// # Errors
+    /// See [`VmError`].
+    pub fn edge_line(&self, gsi: u32) -> Result<Box<dyn InterruptLine>, VmError> {
+        let eventfd = EventFd::new(libc::EFD_NONBLOCK).map_err(VmError::EventFd)?;
+        self.fd
+            .register_irqfd(&eventfd, gsi)
+            .map_err(refused(format!("KVM_IRQFD for interrupt {gsi}")))?;
+        Ok(Box::new(EdgeLine(eventfd)))
+    }
+
+    /// A level-triggered interrupt line: what the ACPI SCI has.
+    pub fn level_line(&self, gsi: u32) -> Box<dyn InterruptLine> {
+        Box::new(LevelLine {
+            vm: self.fd.clone(),
+            gsi,
+        })
+    }
+}
+
+/// An edge is one write to an eventfd.
+struct EdgeLine(EventFd);
+
+impl InterruptLine for EdgeLine {
+    fn set(&mut self, level: bool) {
+        if level {
+            // Fails only when 2^64 - 2 edges are pending.
+            let _ = self.0.write(1);
+        }
+    }
+}
+
+/// A level is held in KVM's IOAPIC.
+struct LevelLine {
+    vm: Arc<VmFd>,
+    gsi: u32,
+}
+
+impl InterruptLine for LevelLine {
+    fn set(&mut self, level: bool) {
+        // Fails only for an interrupt that does not exist.
+        let _ = self.vm.set_irq_line(self.gsi, level);
+    }
+}

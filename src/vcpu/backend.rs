@@ -1,0 +1,46 @@
+//! What a vCPU actor needs of whatever runs the guest: KVM, or a script.
+
+use super::exit::Exit;
+use super::registers::Registers;
+use nix::errno::Errno;
+
+/// Why the guest could not be run.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RunError {
+    /// EINTR: a signal or `immediate_exit`. Look into the mailbox and go on.
+    Interrupted,
+    /// EAGAIN: an application processor got its INIT or SIPI. Go on.
+    Again,
+    /// Anything else: the host cannot run this guest.
+    Failed(Errno),
+}
+
+/// Runs a guest's processor until it needs something. Used by one thread only, its vCPU's.
+pub trait Backend {
+    /// Runs the guest until an exit. Whatever the last exit asked for (data of a port or memory read) must have been
+    /// filled in.
+    ///
+    /// # Errors
+    /// See [`RunError`].
+    fn run(&mut self) -> Result<Exit, RunError>;
+
+    /// The data of the last exit, which was a port access of `length` bytes in all at `offset`. `None` when that is
+    /// not inside the mapping.
+    fn pio_data(&mut self, offset: u64, length: usize) -> Option<&mut [u8]>;
+
+    /// Where the answer to the last exit, a memory read, goes.
+    fn mmio_data(&mut self) -> &mut [u8; 8];
+
+    /// The byte that makes [`Backend::run`] return at once with [`RunError::Interrupted`] when it is not 0.
+    fn immediate_exit(&mut self) -> *mut u8;
+
+    /// The registers, for a report.
+    fn registers(&mut self) -> Option<Registers>;
+
+    /// Up to 16 bytes of code from a linear address, for a report.
+    fn code_at(&mut self, linear: u64) -> Option<Vec<u8>>;
+
+    /// Whether the guest's halts are the backend's business (in-kernel interrupt controller). If not, a vCPU that
+    /// halts sleeps on its mailbox.
+    fn wakes_from_halt(&self) -> bool;
+}

@@ -1,0 +1,280 @@
+//! The kick: how any thread makes a vCPU look into its mailbox, without a lost wake-up and without a lock.
+//!
+//! ```text
+//!            enter()                     leave()
+//!  OUTSIDE ──────────▶ INSIDE (KVM_RUN) ─────────▶ OUTSIDE        + KICKED: look into the mailbox
+//!                        │ kick(): KICKED, and one signal         + GONE: the thread is past its last run
+//!                        ▼
+//!                      the signal's handler sets immediate_exit in the vCPU's own mapping
+//! ```
+//!
+//! The kicker posts its message first, then marks the word, and signals only if the mark fell while the vCPU was
+//! inside, and only the first mark of a stay does, so a burst costs one signal. The vCPU marks the word INSIDE
+//! before KVM_RUN and does not go in if KICKED is set. Between that step and the KVM_RUN instruction the signal may
+//! already arrive: its handler sets `immediate_exit`, so KVM_RUN returns at once. After it, the signal itself ends
+//! KVM_RUN. So there is no window.
+//!
+//! The kicker never touches the mapping: only the vCPU's own thread does, in its loop or in its handler, so a kick
+//! cannot write to an unmapped page. A recycled thread id cannot be hit: while a kicker is between its mark and its
+//! signal it is counted, and the thread does not end before the count is 0.
+//!
+//! Orderings: the kicker's read-modify-write is `Release` and the vCPU's are `Acquire`, on one word: a vCPU that
+//! sees KICKED sees the message that was posted before. Every kick is a read-modify-write even if KICKED is set
+//! already, so that a second kicker's message is covered by the same release sequence.
+
+use crate::actors::sync::{Arc, AtomicU32, Ordering};
+use std::cell::Cell;
+
+const INSIDE: u32 = 1;
+const KICKED: u32 = 2;
+const GONE: u32 = 4;
+/// Kickers between their mark and their signal are counted from here up.
+const SENDER: u32 = 8;
+
+/// How a signal reaches the thread. A trait so that models can deliver it as they like.
+pub trait Signal: Send + Sync + 'static {
+    /// Interrupts the vCPU's thread. Called only while that thread cannot end.
+    fn send(&self);
+}
+
+/// The word that the vCPU and its kickers share.
+pub struct Kick<S: Signal = ThreadSignal> {
+    word: AtomicU32,
+    signal: S,
+}
+
+/// What a kicker holds.
+pub struct KickHandle<S: Signal = ThreadSignal>(Arc<Kick<S>>);
+
+impl<S: Signal> Clone for KickHandle<S> {
+    fn clone(&self) -> Self {
+        KickHandle(self.0.clone())
+    }
+}
+
+/// What the vCPU holds.
+pub struct KickReceiver<S: Signal = ThreadSignal>(Arc<Kick<S>>);
+
+/// A kick and its two ends.
+pub fn kick<S: Signal>(signal: S) -> (KickHandle<S>, KickReceiver<S>) {
+    let shared = Arc::new(Kick {
+        word: AtomicU32::new(0),
+        signal,
+    });
+    (KickHandle(shared.clone()), KickReceiver(shared))
+}
+
+impl<S: Signal> KickHandle<S> {
+    /// Makes the vCPU look into its mailbox soon. Safe at any time: before the vCPU is ready, and after it is gone.
+    pub fn kick(&self) {
+        let shared = &*self.0;
+        let mut seen = shared.word.load(Ordering::Relaxed);
+        let signals = loop {
+            // Inside, and nobody has kicked during this stay.
+            let first = seen & (INSIDE | KICKED | GONE) == INSIDE;
+            let next = (seen | KICKED) + if first { SENDER } else { 0 };
+            match shared
+                .word
+                .compare_exchange_weak(seen, next, Ordering::AcqRel, Ordering::Relaxed)
+            {
+                Ok(_) => break first,
+                Err(now) => seen = now,
+            }
+        };
+        if signals {
+            shared.signal.send();
+            // Release: the thread that sees the count go down may end, after the signal was sent.
+            shared.word.fetch_sub(SENDER, Ordering::Release);
+        }
+    }
+}
+
+impl<S: Signal> KickReceiver<S> {
+    /// About to run the guest. `false`: do not, look into the mailbox first.
+    #[inline]
+    pub fn enter(&self) -> bool {
+        if self.0.word.fetch_or(INSIDE, Ordering::AcqRel) & KICKED == 0 {
+            return true;
+        }
+        self.leave();
+        false
+    }
+
+    /// Back from the guest. `true`: look into the mailbox.
+    #[inline]
+    pub fn leave(&self) -> bool {
+        self.0.word.fetch_and(!(INSIDE | KICKED), Ordering::AcqRel) & KICKED != 0
+    }
+
+    /// The thread will not run the guest again. Returns when no signal to it can be on its way any more.
+    pub fn gone(&self) {
+        self.0.word.fetch_or(GONE, Ordering::AcqRel);
+        while self.0.word.load(Ordering::Acquire) >= SENDER {
+            #[cfg(loom)]
+            loom::thread::yield_now();
+            #[cfg(not(loom))]
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// The real signal: a real-time signal to one thread by tgkill.
+pub struct ThreadSignal {
+    tid: std::sync::atomic::AtomicI32,
+}
+
+impl ThreadSignal {
+    /// For a thread that is not known yet.
+    pub fn new() -> ThreadSignal {
+        ThreadSignal {
+            tid: std::sync::atomic::AtomicI32::new(0),
+        }
+    }
+}
+
+impl Default for ThreadSignal {
+    fn default() -> Self {
+        ThreadSignal::new()
+    }
+}
+
+impl Signal for ThreadSignal {
+    fn send(&self) {
+        let tid = self.tid.load(std::sync::atomic::Ordering::Acquire);
+        // SAFETY: tgkill takes numbers only. The thread exists: it set its id before its first `enter`, without
+        // which nobody signals, and it waits in `gone` for us.
+        unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, kick_signal()) };
+    }
+}
+
+/// The signal used for kicks: the first real-time signal that the C library leaves to programs. Real-time, because
+/// nobody else sends those by accident.
+pub fn kick_signal() -> i32 {
+    libc::SIGRTMIN()
+}
+
+thread_local! {
+    /// Where this thread's `immediate_exit` is; null on threads that are no vCPUs.
+    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(std::ptr::null_mut()) };
+}
+
+/// Installs the kick's signal handler, once a process.
+///
+/// # Errors
+/// What sigaction says.
+pub fn install_handler() -> std::io::Result<()> {
+    // SAFETY: the handler reads a const-initialised thread-local without destructor (static TLS, no allocation) and
+    // stores one byte: both async-signal-safe.
+    unsafe { signal_hook::low_level::register(kick_signal(), on_kick) }.map(|_| ())
+}
+
+fn on_kick() {
+    let flag = IMMEDIATE_EXIT.get();
+    if !flag.is_null() {
+        // SAFETY: not null only between `ImmediateExit::bind` and its drop on this very thread, for which the
+        // binder promised that the byte is mapped. Volatile: the kernel reads it behind the compiler's back.
+        unsafe { flag.write_volatile(1) };
+    }
+}
+
+/// While this lives, the kick's signal sets a byte on this thread.
+pub struct ImmediateExit(());
+
+impl ImmediateExit {
+    /// Makes `flag` the byte that a kick of the current thread sets.
+    ///
+    /// # Safety
+    /// The byte must stay mapped and be written by this thread only until the result is dropped.
+    pub unsafe fn bind(flag: *mut u8) -> ImmediateExit {
+        IMMEDIATE_EXIT.set(flag);
+        ImmediateExit(())
+    }
+}
+
+impl Drop for ImmediateExit {
+    fn drop(&mut self) {
+        IMMEDIATE_EXIT.set(std::ptr::null_mut());
+    }
+}
+
+impl KickReceiver<ThreadSignal> {
+    /// The current thread is the one to signal. Before the first [`KickReceiver::enter`].
+    pub fn bind_thread(&self) {
+        let tid = nix::unistd::gettid().as_raw();
+        self.0.signal.tid.store(tid, std::sync::atomic::Ordering::Release);
+    }
+}
+
+#[cfg(all(test, loom))]
+mod models {
+    use super::*;
+    use crate::actors::park::Futex;
+    use loom::sync::atomic::AtomicU32 as Shared;
+    use loom::thread;
+
+    /// Stands for "interrupted": the guest's stay ends when it is set.
+    struct Flag(Arc<Futex>);
+
+    impl Signal for Flag {
+        fn send(&self) {
+            self.0.store(1, Ordering::SeqCst);
+            self.0.wake();
+        }
+    }
+
+    /// Runs a guest that never leaves by itself until it has seen `wanted` messages.
+    fn run_until(receiver: &KickReceiver<Flag>, flag: &Futex, mailbox: &Shared, wanted: u32) {
+        loop {
+            if receiver.enter() {
+                while flag.load(Ordering::SeqCst) == 0 {
+                    flag.wait(0);
+                }
+                receiver.leave();
+                flag.store(0, Ordering::SeqCst);
+            }
+            // Relaxed on purpose: the kick alone must make the message visible.
+            if mailbox.load(Ordering::Relaxed) == wanted {
+                receiver.gone();
+                return;
+            }
+        }
+    }
+
+    #[test]
+    fn loom_a_kick_is_never_lost() {
+        loom::model(|| {
+            let flag = Arc::new(Futex::new(0));
+            let (handle, receiver) = kick(Flag(flag.clone()));
+            let mailbox = Arc::new(Shared::new(0));
+            let inbox = mailbox.clone();
+            let vcpu = thread::spawn(move || run_until(&receiver, &flag, &inbox, 1));
+            mailbox.store(1, Ordering::Relaxed);
+            handle.kick();
+            vcpu.join().unwrap();
+            // After it is gone: no signal, no harm.
+            handle.kick();
+        });
+    }
+
+    #[test]
+    fn loom_two_kickers_are_both_heard() {
+        let mut builder = loom::model::Builder::new();
+        builder.preemption_bound = Some(3);
+        builder.check(|| {
+            let flag = Arc::new(Futex::new(0));
+            let (handle, receiver) = kick(Flag(flag.clone()));
+            let mailbox = Arc::new(Shared::new(0));
+            let inbox = mailbox.clone();
+            let vcpu = thread::spawn(move || run_until(&receiver, &flag, &inbox, 2));
+            let (other, outbox) = (handle.clone(), mailbox.clone());
+            let kicker = thread::spawn(move || {
+                outbox.fetch_add(1, Ordering::Relaxed);
+                other.kick();
+            });
+            mailbox.fetch_add(1, Ordering::Relaxed);
+            handle.kick();
+            kicker.join().unwrap();
+            vcpu.join().unwrap();
+        });
+    }
+}

@@ -1,0 +1,466 @@
+//! The vCPU actors: one thread each, sole owner of its descriptor, `kvm_run` mapping, registers and routing table.
+//!
+//! ```text
+//!            Start, Resume              Pause
+//!   READY ────────────────▶ RUNNING ─────────────▶ PAUSED ──▶ (Resume) RUNNING
+//!     │                        │  exit that cannot go on         │
+//!     │ Stop                   ▼                                 │ Stop
+//!     └──────────────────▶  ENDED ◀──────────────────────────────┘
+//! ```
+//!
+//! A RUNNING vCPU alternates between the guest and the handling of its exits, and looks into its mailbox when it
+//! was kicked. A READY or PAUSED one sleeps on its mailbox. What happens to it goes to the machine as [`VcpuNews`].
+
+pub mod backend;
+pub mod exit;
+pub mod kick;
+pub mod kvm;
+pub mod registers;
+pub mod route;
+pub mod scripted;
+
+use crate::actors::{Lifecycle, Rank, RankGuard};
+use crate::devices::{Direction, Width};
+use backend::{Backend, RunError};
+use crossbeam_channel::{Receiver, Sender, TryRecvError};
+use exit::{Exit, MmioExit, PioExit, SystemEvent};
+use kick::{ImmediateExit, KickHandle, KickReceiver, ThreadSignal, kick};
+use registers::Registers;
+use route::{RoutingTable, Space};
+use std::fmt;
+
+/// What a vCPU actor receives. Bounded by [`MAILBOX`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum VcpuMessage {
+    /// The machine's life.
+    Lifecycle(Lifecycle),
+    /// The vCPU ends.
+    Stop,
+}
+
+/// Messages a vCPU's mailbox holds: the machine actor sends one at a time and waits for the news of it, and Stop
+/// may come on top.
+const MAILBOX: usize = 4;
+
+/// What a vCPU tells the machine.
+#[derive(Debug)]
+pub struct VcpuNews {
+    /// Which vCPU.
+    pub vcpu: usize,
+    /// What happened.
+    pub what: VcpuEvent,
+}
+
+/// What can happen to a vCPU.
+#[derive(Debug)]
+pub enum VcpuEvent {
+    /// Its thread has come up, and waits for [`Lifecycle::Start`].
+    Ready,
+    /// It does not run the guest until [`Lifecycle::Resume`]. No access is pending.
+    Paused,
+    /// It cannot go on; see [`End`]. It waits for [`VcpuMessage::Stop`].
+    Halted(End),
+    /// It has ended. With the ranges that nobody claimed, and how often they were touched.
+    Stopped(Vec<(Space, u64, u64)>),
+}
+
+/// Why a vCPU cannot go on.
+#[derive(Debug)]
+pub enum End {
+    /// A triple fault.
+    TripleFault,
+    /// KVM says that the guest wants to be shut down or reset, or that it crashed.
+    SystemEvent(SystemEvent),
+    /// Neither the guest nor we can go on.
+    InternalError(Box<Diagnosis>),
+}
+
+/// Everything that is known when a vCPU cannot go on.
+#[derive(Debug)]
+pub struct Diagnosis {
+    /// Which vCPU.
+    pub vcpu: usize,
+    /// What ended it.
+    pub cause: Cause,
+    /// Its registers, where they can be had.
+    pub registers: Option<Registers>,
+    /// The bytes at RIP, where they can be had.
+    pub code: Option<Vec<u8>>,
+}
+
+/// What ended a vCPU.
+#[derive(Debug)]
+pub enum Cause {
+    /// An exit that nobody can handle.
+    Exit(Exit),
+    /// KVM_RUN failed.
+    Run(nix::errno::Errno),
+    /// The vCPU's own thread panicked: a bug of ours.
+    Panic(String),
+}
+
+impl Diagnosis {
+    /// What a user can do about it.
+    pub fn advice(&self) -> &'static str {
+        match &self.cause {
+            Cause::Exit(Exit::InternalError(error)) if error.suberror == 1 => {
+                "this host's KVM does not know an instruction that the guest uses; `actor-vmm doctor` tells whether \
+                 it can run stock kernels at all"
+            }
+            Cause::Exit(Exit::FailEntry { .. }) => {
+                "the processor refuses the guest's state; if this is a stock kernel, report it with these registers \
+                 and the host's kernel version"
+            }
+            Cause::Exit(Exit::Debug { .. }) => "the guest hit a debug trap that nobody asked for",
+            Cause::Exit(_) => {
+                "report it with the host's kernel version; the guest's last output may tell more"
+            }
+            Cause::Run(nix::errno::Errno::EFAULT) => {
+                "the host could not provide guest memory: is it out of memory or huge pages? Try a smaller --memory"
+            }
+            Cause::Run(_) => "the host's KVM failed; see the host's kernel log (dmesg)",
+            Cause::Panic(_) => "this is a bug in actor-vmm; please report it with this text",
+        }
+    }
+}
+
+impl fmt::Display for Diagnosis {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "vcpu{} cannot go on: ", self.vcpu)?;
+        match &self.cause {
+            Cause::Exit(exit) => write!(f, "{exit}")?,
+            Cause::Run(errno) => write!(f, "KVM_RUN: {}", errno.desc())?,
+            Cause::Panic(text) => write!(f, "its thread panicked: {text}")?,
+        }
+        let hex = |bytes: &[u8]| {
+            bytes
+                .iter()
+                .map(|byte| format!("{byte:02x} "))
+                .collect::<String>()
+        };
+        if let Cause::Exit(Exit::InternalError(error)) = &self.cause {
+            if let Some(bytes) = error.instruction_bytes() {
+                write!(f, "\ninstruction: {}", hex(&bytes).trim_end())?;
+            } else if error.ndata > 0 {
+                write!(f, "\ndata:")?;
+                for word in &error.data[..error.ndata as usize] {
+                    write!(f, " {word:x}")?;
+                }
+            }
+        }
+        if let Some(code) = &self.code {
+            write!(f, "\ncode at rip: {}", hex(code).trim_end())?;
+        }
+        if let Some(registers) = &self.registers {
+            write!(f, "\n{registers}")?;
+        }
+        write!(f, "\nwhat to do: {}", self.advice())
+    }
+}
+
+/// The machine's hold of a vCPU.
+pub struct VcpuHandle {
+    mailbox: Sender<VcpuMessage>,
+    kick: KickHandle,
+}
+
+impl VcpuHandle {
+    /// Sends a message and makes the vCPU look at it. Never waits. `false`: the mailbox is full or the vCPU gone.
+    pub fn send(&self, message: VcpuMessage) -> bool {
+        // Message first, kick second: whoever sees the kick sees the message.
+        let sent = self.mailbox.try_send(message).is_ok();
+        self.kick.kick();
+        sent
+    }
+
+    /// The kick alone.
+    pub fn kick(&self) {
+        self.kick.kick();
+    }
+}
+
+/// A vCPU's mailbox, before its thread is.
+pub struct VcpuInbox {
+    mailbox: Receiver<VcpuMessage>,
+    kick: KickReceiver,
+}
+
+/// A vCPU's two ends.
+pub fn vcpu_mailbox() -> (VcpuHandle, VcpuInbox) {
+    let (sender, mailbox) = crossbeam_channel::bounded(MAILBOX);
+    let (handle, receiver) = kick(ThreadSignal::new());
+    (
+        VcpuHandle {
+            mailbox: sender,
+            kick: handle,
+        },
+        VcpuInbox {
+            mailbox,
+            kick: receiver,
+        },
+    )
+}
+
+/// What a vCPU does between messages.
+enum State {
+    /// Sleeps on its mailbox.
+    Waiting,
+    /// Runs the guest.
+    Running,
+    /// Is done.
+    Ended,
+}
+
+/// A vCPU actor. Lives on its own thread.
+///
+/// Owns: its backend (descriptor, mapping, registers) and its routing table. Receives: [`VcpuMessage`]. Asks:
+/// devices. Rank: vCPU. Ends: on Stop.
+pub struct Vcpu<B: Backend> {
+    index: usize,
+    backend: B,
+    routes: RoutingTable,
+    inbox: VcpuInbox,
+    news: NewsSink,
+}
+
+/// Where a vCPU's news go. Must not wait for long: it is called on the vCPU's thread.
+pub type NewsSink = Box<dyn Fn(VcpuNews) + Send>;
+
+impl<B: Backend> Vcpu<B> {
+    /// A vCPU that is ready to be run.
+    pub fn new(index: usize, backend: B, routes: RoutingTable, inbox: VcpuInbox, news: NewsSink) -> Self {
+        Vcpu {
+            index,
+            backend,
+            routes,
+            inbox,
+            news,
+        }
+    }
+
+    /// The life of a vCPU, on the thread that calls this.
+    pub fn run(mut self) {
+        let _rank = RankGuard::enter(Rank::Vcpu);
+        let flag = self.backend.immediate_exit();
+        // SAFETY: the byte is in the backend's mapping, which lives until the end of this function, after `_exit`
+        // (dropped first: it is declared later than `self`); only this thread and its own signal handler write it.
+        let exit = unsafe { ImmediateExit::bind(flag) };
+        self.inbox.kick.bind_thread();
+        self.tell(VcpuEvent::Ready);
+        let life = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.live(flag)));
+        if let Err(panic) = life {
+            let text = panic
+                .downcast_ref::<&str>()
+                .map(|text| text.to_string())
+                .or_else(|| panic.downcast_ref::<String>().cloned())
+                .unwrap_or_default();
+            let diagnosis = self.diagnosis(Cause::Panic(text), false);
+            self.tell(VcpuEvent::Halted(End::InternalError(diagnosis)));
+        }
+        self.inbox.kick.gone();
+        drop(exit);
+        let unclaimed = self.routes.unclaimed().to_vec();
+        self.tell(VcpuEvent::Stopped(unclaimed));
+    }
+
+    fn live(&mut self, immediate_exit: *mut u8) {
+        let mut state = State::Waiting;
+        loop {
+            state = match state {
+                State::Waiting => self.wait(),
+                State::Running => self.run_guest(immediate_exit),
+                State::Ended => return,
+            };
+        }
+    }
+
+    /// READY, PAUSED, or halted for good: sleeps until a message changes that.
+    fn wait(&mut self) -> State {
+        loop {
+            match self.inbox.mailbox.recv() {
+                Ok(VcpuMessage::Lifecycle(Lifecycle::Start | Lifecycle::Resume)) => return State::Running,
+                Ok(VcpuMessage::Lifecycle(Lifecycle::Pause)) => self.tell(VcpuEvent::Paused),
+                Ok(VcpuMessage::Lifecycle(Lifecycle::Reset)) => {}
+                // Without a machine there is nothing to run for.
+                Ok(VcpuMessage::Stop) | Err(_) => return State::Ended,
+            }
+        }
+    }
+
+    /// RUNNING: the loop that everything is for.
+    fn run_guest(&mut self, immediate_exit: *mut u8) -> State {
+        loop {
+            if !self.inbox.kick.enter() {
+                match self.look() {
+                    Some(state) => return state,
+                    None => continue,
+                }
+            }
+            let outcome = self.backend.run();
+            let kicked = self.inbox.kick.leave();
+            // After `leave`: no signal for this stay is marked any more. One that is still on its way sets the byte
+            // again and costs one empty run.
+            // SAFETY: see `run`. Volatile, as the handler and the kernel share it.
+            unsafe { immediate_exit.write_volatile(0) };
+            let next = match outcome {
+                Ok(exit) => self.handle(exit),
+                Err(RunError::Interrupted | RunError::Again) => None,
+                Err(RunError::Failed(errno)) => Some(self.give_up_with(Cause::Run(errno))),
+            };
+            if let Some(state) = next {
+                return state;
+            }
+            if kicked && let Some(state) = self.look() {
+                return state;
+            }
+        }
+    }
+
+    /// Looks into the mailbox after a kick.
+    fn look(&mut self) -> Option<State> {
+        loop {
+            match self.inbox.mailbox.try_recv() {
+                Ok(VcpuMessage::Lifecycle(Lifecycle::Pause)) => {
+                    self.settle();
+                    self.tell(VcpuEvent::Paused);
+                    return Some(State::Waiting);
+                }
+                Ok(VcpuMessage::Lifecycle(Lifecycle::Start | Lifecycle::Resume | Lifecycle::Reset)) => {}
+                Ok(VcpuMessage::Stop) | Err(TryRecvError::Disconnected) => return Some(State::Ended),
+                Err(TryRecvError::Empty) => return None,
+            }
+        }
+    }
+
+    /// No access of this vCPU is half done: its posts are handled, and the exit that was handled last is completed
+    /// in the guest by a run that may not enter it. [KVM api: immediate_exit]
+    fn settle(&mut self) {
+        self.routes.settle();
+        let flag = self.backend.immediate_exit();
+        // SAFETY: see `run`.
+        unsafe { flag.write_volatile(1) };
+        // An access that spans several exits (a string, a page crossing) goes on with its next part.
+        while let Ok(exit) = self.backend.run() {
+            if self.handle(exit).is_some() {
+                break;
+            }
+        }
+        // SAFETY: see `run`.
+        unsafe { flag.write_volatile(0) };
+    }
+
+    /// Handles one exit. `Some`: the vCPU does not go on running.
+    #[inline]
+    fn handle(&mut self, exit: Exit) -> Option<State> {
+        match exit {
+            Exit::Pio(pio) => self.pio(pio),
+            Exit::Mmio(mmio) => self.mmio(mmio),
+            // Nothing to inject (no device of ours bypasses the in-kernel controller), nobody to tell.
+            Exit::IrqWindowOpen | Exit::Intr | Exit::IoapicEoi { .. } => None,
+            // Without an in-kernel interrupt controller nothing can wake it but a message.
+            Exit::Hlt => self.halted(),
+            Exit::Shutdown => Some(self.give_up(End::TripleFault)),
+            Exit::SystemEvent(event) => Some(self.give_up(End::SystemEvent(event))),
+            Exit::Debug { .. }
+            | Exit::Unknown { .. }
+            | Exit::FailEntry { .. }
+            | Exit::InternalError(_)
+            | Exit::Other { .. }
+            | Exit::Malformed { .. } => Some(self.give_up_with(Cause::Exit(exit))),
+        }
+    }
+
+    fn pio(&mut self, exit: PioExit) -> Option<State> {
+        let step = exit.width.bytes();
+        let length = step.checked_mul(exit.count as usize);
+        let Some(data) = length.and_then(|length| self.backend.pio_data(exit.data_offset, length)) else {
+            let broken = Exit::Malformed {
+                reason: kvm_bindings::KVM_EXIT_IO,
+                what: "its data is outside the mapping",
+            };
+            return self.handle(broken);
+        };
+        // String forms are so many accesses to one port, in order.
+        for element in data.chunks_exact_mut(step) {
+            match exit.direction {
+                Direction::Read => {
+                    let value = self.routes.port_in(exit.port, exit.width);
+                    element.copy_from_slice(&value.to_le_bytes()[..step]);
+                }
+                Direction::Write => {
+                    let value = match exit.width {
+                        Width::Byte => u64::from(element[0]),
+                        Width::Word => u64::from(u16::from_le_bytes([element[0], element[1]])),
+                        _ => u64::from(u32::from_le_bytes([
+                            element[0], element[1], element[2], element[3],
+                        ])),
+                    };
+                    self.routes.port_out(exit.port, exit.width, value);
+                }
+            }
+        }
+        None
+    }
+
+    fn mmio(&mut self, exit: MmioExit) -> Option<State> {
+        let length = usize::from(exit.length);
+        match exit.direction {
+            Direction::Read => self
+                .routes
+                .load(exit.address, &mut self.backend.mmio_data()[..length]),
+            Direction::Write => self.routes.store(exit.address, &exit.data[..length]),
+        }
+        None
+    }
+
+    /// HLT without anybody in the kernel to wake it: the vCPU sleeps on its mailbox.
+    fn halted(&mut self) -> Option<State> {
+        if self.backend.wakes_from_halt() {
+            return None;
+        }
+        loop {
+            match self.inbox.mailbox.recv() {
+                // The halt is over when the machine says so: it goes on behind the HLT, as after an interrupt.
+                Ok(VcpuMessage::Lifecycle(Lifecycle::Start | Lifecycle::Resume)) => return None,
+                Ok(VcpuMessage::Lifecycle(Lifecycle::Pause)) => {
+                    self.tell(VcpuEvent::Paused);
+                    return Some(State::Waiting);
+                }
+                Ok(VcpuMessage::Lifecycle(Lifecycle::Reset)) => {}
+                Ok(VcpuMessage::Stop) | Err(_) => return Some(State::Ended),
+            }
+        }
+    }
+
+    fn give_up(&mut self, end: End) -> State {
+        self.routes.settle();
+        self.tell(VcpuEvent::Halted(end));
+        State::Waiting
+    }
+
+    fn give_up_with(&mut self, cause: Cause) -> State {
+        let diagnosis = self.diagnosis(cause, true);
+        self.give_up(End::InternalError(diagnosis))
+    }
+
+    fn diagnosis(&mut self, cause: Cause, look: bool) -> Box<Diagnosis> {
+        // After a panic the backend is not trusted with more work.
+        let registers = if look { self.backend.registers() } else { None };
+        let code = registers
+            .as_ref()
+            .and_then(|registers| self.backend.code_at(registers.linear_rip()));
+        Box::new(Diagnosis {
+            vcpu: self.index,
+            cause,
+            registers,
+            code,
+        })
+    }
+
+    fn tell(&self, what: VcpuEvent) {
+        (self.news)(VcpuNews {
+            vcpu: self.index,
+            what,
+        });
+    }
+}

@@ -1,0 +1,283 @@
+//! `cargo xtask bench boot`: exec to /init, and memory outside guest RAM.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+use clap::ValueEnum;
+use harness::protocol::{Event, Sample};
+
+use crate::emulated_host::{self, Host, Image, Outcome};
+
+const MEMORY_MIB: u64 = 256;
+/// All VMMs get the same. `reboot=t` and `quiet` are what a microvm user would choose, too.
+const CMDLINE: &str = "console=ttyS0 quiet reboot=t panic=-1";
+/// The one whose time is 1.00.
+const REFERENCE: &str = "microvm";
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Boots of each VMM, taken in turns
+    #[arg(long, default_value_t = 5)]
+    pub runs: u64,
+    /// Which VMMs to run
+    #[arg(long, value_enum, value_delimiter = ',')]
+    pub vmm: Vec<Contender>,
+    /// One more option of `actor-vmm run`, such as --vmm-arg=--unpack=guest; may be repeated
+    #[arg(long, allow_hyphen_values = true)]
+    pub vmm_arg: Vec<String>,
+    /// Print the guest's kernel log with its times, and the VMM's mappings (the console slows the boot a little)
+    #[arg(long)]
+    pub dmesg: bool,
+    /// The guest's kernel command line
+    #[arg(long, default_value = CMDLINE)]
+    pub cmdline: String,
+    /// Every sample, not only the summary
+    #[arg(long)]
+    pub samples: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Contender {
+    /// bzImage, defaults
+    ActorVmm,
+    /// The vmlinux out of the same bzImage, by its PVH entry
+    ActorVmmVmlinux,
+    /// QEMU -M microvm as it comes
+    Microvm,
+    /// QEMU -M microvm without ACPI, option ROMs, PIT and RTC: the least that still has a serial console
+    MicrovmMinimal,
+    /// QEMU -M microvm with the vmlinux, by its PVH entry
+    MicrovmVmlinux,
+}
+
+const DEFAULT: [Contender; 4] = [
+    Contender::ActorVmm,
+    Contender::Microvm,
+    Contender::MicrovmMinimal,
+    Contender::MicrovmVmlinux,
+];
+
+impl Contender {
+    fn name(self) -> String {
+        self.to_possible_value()
+            .map(|v| v.get_name().to_owned())
+            .unwrap_or_default()
+    }
+
+    fn is_ours(self) -> bool {
+        matches!(self, Contender::ActorVmm | Contender::ActorVmmVmlinux)
+    }
+
+    /// The words after exec.
+    fn command(self, args: &Args) -> Vec<String> {
+        let kernel = match self {
+            Contender::ActorVmmVmlinux | Contender::MicrovmVmlinux => "/guest/vmlinux",
+            _ => "/guest/bzImage",
+        };
+        let memory = format!("{MEMORY_MIB}M");
+        let initrd = "${INITRD}";
+        let words: Vec<&str> = if self.is_ours() {
+            let run = [
+                "/bin/actor-vmm",
+                "run",
+                "--kernel",
+                kernel,
+                "--initrd",
+                initrd,
+                "--cmdline",
+                &args.cmdline,
+            ];
+            run.into_iter()
+                .chain(["--cpus", "1", "--memory", &memory])
+                .collect()
+        } else {
+            let machine = match self {
+                Contender::MicrovmMinimal => "microvm,acpi=off,x-option-roms=off,pit=off,pic=on,rtc=off",
+                _ => "microvm",
+            };
+            let qemu = [
+                "/usr/bin/qemu-system-x86_64",
+                "-M",
+                machine,
+                "-accel",
+                "kvm",
+                "-cpu",
+                "host",
+            ];
+            let rest = [
+                "-smp",
+                "1",
+                "-m",
+                &memory,
+                "-nodefaults",
+                "-no-user-config",
+                "-no-reboot",
+            ];
+            let boot = [
+                "-display", "none", "-serial", "stdio", "-kernel", kernel, "-initrd", initrd, "-append",
+            ];
+            qemu.into_iter()
+                .chain(rest)
+                .chain(boot)
+                .chain([args.cmdline.as_str()])
+                .collect()
+        };
+        let mut words: Vec<String> = words.into_iter().map(str::to_owned).collect();
+        if self.is_ours() {
+            words.extend(args.vmm_arg.iter().cloned());
+        }
+        words
+    }
+}
+
+pub fn run(args: &Args) -> Result<bool> {
+    let vmms: &[Contender] = if args.vmm.is_empty() { &DEFAULT } else { &args.vmm };
+    ensure!(args.runs > 0, "--runs has to be at least 1");
+    let image = Image::build(
+        vmms.iter().any(|v| !v.is_ours()),
+        vmms.iter().any(|v| v.is_ours()),
+    )?;
+    let mut table = String::new();
+    println!("same bzImage, same initrd, 1 vCPU, {MEMORY_MIB} MiB, in one emulated host, in turns:");
+    for vmm in vmms {
+        let words = vmm.command(args);
+        ensure!(
+            !words.iter().any(|w| w.contains(['\t', '\n'])),
+            "a tab cannot be passed on"
+        );
+        println!("  {:<18} {}", vmm.name(), shell_words(&words));
+        table.push_str(&format!("{}\t{}\n", vmm.name(), words.join("\t")));
+    }
+    let host = Host {
+        plan: format!("bench {} {MEMORY_MIB} {}\n", args.runs, u8::from(args.dmesg)),
+        memory_mib: emulated_host::HOST_MIB + MEMORY_MIB,
+        cpus: 1,
+        files: vec![("bench".to_owned(), table.into_bytes())],
+        typing: false,
+    };
+    let limit = Duration::from_secs(180 + args.runs * vmms.len() as u64 * 150);
+    let mut samples: BTreeMap<String, Vec<Sample>> = BTreeMap::new();
+    let mut failures = 0;
+    let outcome = image.boot(&host, Instant::now() + limit, &mut |event| match event {
+        Event::Sample(sample) => {
+            if args.samples || args.dmesg {
+                println!(
+                    "  {:<18} {:>8.0} ms  {:>7} KiB outside guest RAM ({} KiB anonymous)",
+                    sample.vmm,
+                    sample.exec_to_init_us as f64 / 1000.0,
+                    sample.outside_kib,
+                    sample.anonymous_kib
+                );
+            }
+            samples.entry(sample.vmm.clone()).or_default().push(sample);
+        }
+        Event::Fail { job, reason, .. } => {
+            println!("FAIL    {job}: {reason}");
+            failures += 1;
+        }
+        other => emulated_host::show(&other),
+    })?;
+    if let Outcome::Died { reason, .. } = outcome {
+        bail!("the emulated host failed: {reason}");
+    }
+    print_summary(vmms, &samples);
+    Ok(failures == 0)
+}
+
+fn print_summary(vmms: &[Contender], samples: &BTreeMap<String, Vec<Sample>>) {
+    let reference = samples.get(REFERENCE).map(|s| (time(s), memory(s)));
+    println!();
+    println!("                      exec to /init, ms                    outside guest RAM, KiB");
+    println!(
+        "  {:<18} {:>7} {:>7} {:>7} {:>7}   {:>8} {:>8} {:>7}  runs",
+        "", "median", "min", "max", "ratio", "median", "anon", "ratio"
+    );
+    for vmm in vmms {
+        let name = vmm.name();
+        let Some(own) = samples.get(&name) else { continue };
+        let (time, memory) = (time(own), memory(own));
+        let anon = spread(own.iter().map(|s| s.anonymous_kib as f64)).median;
+        let ratio = |value: f64, of: fn(&(Spread, Spread)) -> f64| match &reference {
+            Some(reference) => format!("{:.2}", value / of(reference)),
+            None => "-".to_owned(),
+        };
+        println!(
+            "  {name:<18} {:>7.0} {:>7.0} {:>7.0} {:>7}   {:>8.0} {:>8.0} {:>7}  {}",
+            time.median,
+            time.min,
+            time.max,
+            ratio(time.median, |r| r.0.median),
+            memory.median,
+            anon,
+            ratio(memory.median, |r| r.1.median),
+            own.len()
+        );
+    }
+    println!();
+    println!(
+        "Ratios are to `{REFERENCE}`. Memory is the sum of Rss in smaps without the mappings of guest RAM (the"
+    );
+    println!(
+        "largest mapping, with all of its file), when the guest has reached /init; anon the part\nthat is no file: heap, stacks, tables."
+    );
+}
+
+struct Spread {
+    min: f64,
+    median: f64,
+    max: f64,
+}
+
+fn time(samples: &[Sample]) -> Spread {
+    spread(samples.iter().map(|s| s.exec_to_init_us as f64 / 1000.0))
+}
+
+fn memory(samples: &[Sample]) -> Spread {
+    spread(samples.iter().map(|s| s.outside_kib as f64))
+}
+
+fn spread(values: impl Iterator<Item = f64>) -> Spread {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    let count = values.len();
+    if count == 0 {
+        return Spread {
+            min: f64::NAN,
+            median: f64::NAN,
+            max: f64::NAN,
+        };
+    }
+    let median = (values[(count - 1) / 2] + values[count / 2]) / 2.0;
+    Spread {
+        min: values[0],
+        median,
+        max: values[count - 1],
+    }
+}
+
+fn shell_words(words: &[String]) -> String {
+    let quoted: Vec<String> = words
+        .iter()
+        .map(|w| {
+            if w.contains(' ') {
+                format!("'{w}'")
+            } else {
+                w.clone()
+            }
+        })
+        .collect();
+    quoted.join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians() {
+        assert_eq!(spread([3.0, 1.0, 2.0].into_iter()).median, 2.0);
+        assert_eq!(spread([4.0, 1.0, 2.0, 3.0].into_iter()).median, 2.5);
+        assert!(spread(std::iter::empty()).median.is_nan());
+    }
+}

@@ -1,0 +1,76 @@
+//! Process 1 of the emulated host.
+//!
+//! It mounts what a VMM needs, loads KVM, runs the jobs of `/plan` and reports each over the second serial port in the
+//! lines of `harness::protocol`. Then it powers the emulated host off.
+//!
+//! It keeps one empty VM open from the first moment to the last: when the last VM descriptor of a host closes, KVM
+//! switches virtualization off on every CPU by an inter-processor call, and emulated hosts are known to hang in it.
+
+mod bench;
+mod host;
+mod report;
+mod run;
+mod smaps;
+mod vmm;
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use harness::protocol::Event;
+use harness::scenario;
+
+use crate::report::Report;
+
+fn main() {
+    if std::process::id() != 1 {
+        eprintln!("this program is process 1 of the emulated host; see `cargo xtask emulated-host --help`");
+        std::process::exit(2);
+    }
+    let result = host::prepare().and_then(|()| {
+        let report = Report::open()?;
+        let outcome = jobs(&report);
+        if let Err(error) = &outcome {
+            let text = format!("{error:#}").into_bytes();
+            report.send(&Event::Evidence {
+                title: "the emulated host".to_owned(),
+                text,
+            });
+        }
+        report.send(&Event::End);
+        report.flush();
+        outcome
+    });
+    if let Err(error) = result {
+        // The first serial port: the host side shows it when no `End` came.
+        eprintln!("emulated-host-agent: {error:#}");
+    }
+    host::power_off();
+}
+
+fn jobs(report: &Report) -> Result<()> {
+    host::load_modules()?;
+    let holder = host::hold_a_vm()?;
+    report.send(&Event::Ready(host::describe()?));
+    let scenarios = scenario::load(Path::new("/scenarios"))?;
+    let plan = fs::read_to_string("/plan").context("the emulated host has no /plan")?;
+    let mut options = run::Options::default();
+    for line in plan.lines() {
+        let (verb, rest) = line.split_once(' ').unwrap_or((line, ""));
+        match verb {
+            "vmm" => options.vmm = vmm::Kind::parse(rest)?,
+            "live" => options.live = true,
+            "interactive" => options.interactive = true,
+            "scenario" => {
+                let Some(scenario) = scenarios.iter().find(|s| s.name == rest) else {
+                    bail!("no scenario is called {rest}");
+                };
+                run::scenario(scenario, &options, report);
+            }
+            "bench" => bench::boot(rest, report)?,
+            _ => bail!("the plan has an unknown line: {line}"),
+        }
+    }
+    drop(holder);
+    Ok(())
+}

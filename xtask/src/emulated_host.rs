@@ -1,0 +1,444 @@
+//! The emulated host: Debian's QEMU without KVM boots Debian's kernel on a processor with SVM, and in there KVM works.
+
+use std::collections::VecDeque;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::ValueEnum;
+use harness::cpio::Archive;
+use harness::protocol::Event;
+use harness::scenario::{self, Scenario};
+
+use crate::{build, initramfs, kernel, paths, process, setup};
+
+const QEMU: &str = "qemu-system-x86_64";
+/// From the start of QEMU to the agent's first word; 4 s on an idle machine.
+const BOOT_LIMIT: Duration = Duration::from_secs(120);
+/// What a busy machine may add to a limit that the agent watches itself.
+const SLACK: Duration = Duration::from_secs(30);
+/// What the emulated host needs besides the memory of its guests.
+pub const HOST_MIB: u64 = 1536;
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Scenarios to run: a name, or the part before the slash [default: all but the suite "slow"]
+    pub scenarios: Vec<String>,
+    /// Run a suite instead, such as ci or slow; `all` is everything
+    #[arg(long)]
+    pub suite: Option<String>,
+    /// List the scenarios and stop
+    #[arg(long)]
+    pub list: bool,
+    /// CPUs of the emulated host; more than one is known to be unstable
+    #[arg(long, default_value_t = 1)]
+    pub cpus: u32,
+    /// Limit in seconds for everything together
+    #[arg(long, default_value_t = 3600)]
+    pub timeout: u64,
+    /// Boot the emulated host anew for every scenario
+    #[arg(long)]
+    pub split: bool,
+    /// Show the guests' consoles as they come
+    #[arg(long)]
+    pub console: bool,
+    /// The VMM to run the scenarios with
+    #[arg(long, value_enum, default_value_t)]
+    pub vmm: Vmm,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Vmm {
+    #[default]
+    ActorVmm,
+    /// Debian's QEMU: tells whether a scenario itself is right (exit statuses are not compared)
+    Qemu,
+}
+
+impl Vmm {
+    pub fn plan_name(self) -> &'static str {
+        match self {
+            Vmm::ActorVmm => "actor-vmm",
+            Vmm::Qemu => "qemu",
+        }
+    }
+}
+
+pub fn run(args: &Args) -> Result<bool> {
+    let all = scenario::load(&paths::scenarios())?;
+    let chosen = select(&all, &args.scenarios, args.suite.as_deref())?;
+    if args.list {
+        for scenario in &chosen {
+            println!("{:<40} {}", scenario.name, scenario.about);
+        }
+        return Ok(true);
+    }
+    let options = Options {
+        cpus: args.cpus,
+        limit: Duration::from_secs(args.timeout),
+        split: args.split,
+        console: args.console,
+        vmm: args.vmm,
+    };
+    let tally = scenarios(&chosen, &options)?;
+    println!("{} passed, {} failed", tally.passed, tally.failed.len());
+    Ok(tally.failed.is_empty())
+}
+
+pub fn select<'a>(all: &'a [Scenario], names: &[String], suite: Option<&str>) -> Result<Vec<&'a Scenario>> {
+    let in_suite = |scenario: &Scenario| match suite {
+        Some("all") => true,
+        Some(suite) => scenario.suites.iter().any(|s| s == suite),
+        None => !names.is_empty() || !scenario.suites.iter().any(|s| s == "slow"),
+    };
+    let named = |scenario: &Scenario| {
+        let mut names = names.iter();
+        names.len() == 0 || names.any(|n| scenario.name == *n || scenario.name.starts_with(&format!("{n}/")))
+    };
+    for name in names {
+        ensure!(
+            all.iter()
+                .any(|s| s.name == *name || s.name.starts_with(&format!("{name}/"))),
+            "no scenario is called {name}; see `cargo xtask emulated-host --list`"
+        );
+    }
+    let chosen: Vec<_> = all.iter().filter(|s| in_suite(s) && named(s)).collect();
+    ensure!(
+        !chosen.is_empty(),
+        "no scenario is in that selection; see `cargo xtask emulated-host --list`"
+    );
+    Ok(chosen)
+}
+
+pub struct Options {
+    pub cpus: u32,
+    pub limit: Duration,
+    pub split: bool,
+    pub console: bool,
+    pub vmm: Vmm,
+}
+
+#[derive(Default)]
+pub struct Tally {
+    pub passed: u32,
+    /// Names.
+    pub failed: Vec<String>,
+}
+
+/// Runs scenarios in as few emulated hosts as possible, and prints how each went.
+pub fn scenarios(chosen: &[&Scenario], options: &Options) -> Result<Tally> {
+    let mut tally = Tally::default();
+    let mut waiting: VecDeque<&Scenario> = VecDeque::new();
+    for scenario in chosen {
+        if scenario.only_actor_vmm && options.vmm != Vmm::ActorVmm {
+            println!("skipped {:<44} only actor-vmm can do this", scenario.name);
+        } else {
+            waiting.push_back(scenario);
+        }
+    }
+    let image = Image::build(options.vmm == Vmm::Qemu, options.vmm == Vmm::ActorVmm)?;
+    let deadline = Instant::now() + options.limit;
+    while !waiting.is_empty() {
+        let count = if options.split { 1 } else { waiting.len() };
+        let batch: Vec<_> = waiting.iter().take(count).copied().collect();
+        let mut memory_mib = HOST_MIB;
+        let mut plan = format!("vmm {}\n", options.vmm.plan_name());
+        if options.console {
+            plan.push_str("live\n");
+        }
+        for scenario in &batch {
+            memory_mib = memory_mib.max(HOST_MIB + scenario.memory_mib()?);
+            plan.push_str(&format!("scenario {}\n", scenario.name));
+        }
+        let host = Host {
+            plan,
+            memory_mib,
+            cpus: options.cpus,
+            files: Vec::new(),
+            typing: false,
+        };
+        let outcome = image.boot(&host, deadline, &mut |event| match event {
+            Event::Pass { job, millis, note } => {
+                println!("pass    {job:<44} {:>6.1} s  {note}", seconds(millis));
+                tally.passed += 1;
+                waiting.retain(|s| s.name != job);
+            }
+            Event::Fail { job, millis, reason } => {
+                println!("FAIL    {job:<44} {:>6.1} s  {reason}", seconds(millis));
+                waiting.retain(|s| s.name != job);
+                tally.failed.push(job);
+            }
+            other => show(&other),
+        })?;
+        let Outcome::Died { reason, during } = outcome else {
+            continue;
+        };
+        // The scenario that was running takes the blame; the others get a new host. Without one, nothing works.
+        let Some(name) = during else {
+            bail!("the emulated host failed: {reason}")
+        };
+        println!("FAIL    {name:<44}           the emulated host failed: {reason}");
+        waiting.retain(|s| s.name != name);
+        tally.failed.push(name);
+        if Instant::now() >= deadline {
+            for scenario in waiting.drain(..) {
+                println!("FAIL    {:<44}           not run, the time is up", scenario.name);
+                tally.failed.push(scenario.name.clone());
+            }
+        }
+    }
+    Ok(tally)
+}
+
+pub fn seconds(millis: u64) -> f64 {
+    millis as f64 / 1000.0
+}
+
+/// Prints what needs no thought.
+pub fn show(event: &Event) {
+    match event {
+        Event::Ready(what) => println!("        emulated host: {what}"),
+        Event::Console(bytes) => raw(bytes),
+        Event::Evidence { title, text } => {
+            println!("---- {title} ----");
+            for line in String::from_utf8_lossy(text).lines() {
+                println!("{}", printable(line));
+            }
+            println!("---- end of {title} ----");
+        }
+        _ => {}
+    }
+}
+
+/// A guest must not be able to play with the terminal of whoever reads a log.
+fn printable(line: &str) -> String {
+    line.trim_end_matches('\r')
+        .chars()
+        .map(|c| if c.is_control() && c != '\t' { '.' } else { c })
+        .collect()
+}
+
+fn raw(bytes: &[u8]) {
+    let mut out = std::io::stdout().lock();
+    // Nobody to tell when stdout is closed.
+    let _ = out.write_all(bytes).and_then(|()| out.flush());
+}
+
+/// What all emulated hosts of one command have inside.
+pub struct Image {
+    kernel: kernel::Kernel,
+    base: Vec<u8>,
+}
+
+/// One emulated host.
+pub struct Host {
+    /// What the agent shall do, in its own words.
+    pub plan: String,
+    pub memory_mib: u64,
+    pub cpus: u32,
+    /// More files, by path.
+    pub files: Vec<(String, Vec<u8>)>,
+    /// Pass on what is typed here.
+    pub typing: bool,
+}
+
+pub enum Outcome {
+    Done,
+    Died {
+        reason: String,
+        /// The job that was running.
+        during: Option<String>,
+    },
+}
+
+impl Image {
+    pub fn build(with_qemu: bool, with_actor_vmm: bool) -> Result<Self> {
+        setup::run(&setup::Args::default())?;
+        let kernel = kernel::ensure(false)?;
+        let mut archive = Archive::new();
+        let agent = build::static_binary("xtask", "emulated-host-agent")?;
+        archive.file("init", 0o755, &fs::read(agent)?);
+        if with_actor_vmm {
+            let vmm = build::static_binary("actor-vmm", "actor-vmm")?;
+            archive.file("bin/actor-vmm", 0o755, &fs::read(vmm)?);
+        }
+        for entry in fs::read_dir(paths::scenarios())? {
+            let path = entry?.path();
+            if let (Some(name), true) = (path.file_name(), path.extension().is_some_and(|e| e == "toml")) {
+                archive.file(
+                    &format!("scenarios/{}", name.to_string_lossy()),
+                    0o644,
+                    &fs::read(&path)?,
+                );
+            }
+        }
+        let mut base = initramfs::host(&kernel, with_qemu)?;
+        base.extend_from_slice(&archive.finish());
+        Ok(Self { kernel, base })
+    }
+
+    /// Boots once, hands every event to `each`, and ends QEMU whatever happens.
+    pub fn boot(&self, host: &Host, deadline: Instant, each: &mut dyn FnMut(Event)) -> Result<Outcome> {
+        let scratch = Scratch::new()?;
+        let initrd = scratch.0.join("initramfs");
+        let console = scratch.0.join("console");
+        let mut archive = Archive::new();
+        archive.file("plan", 0o644, host.plan.as_bytes());
+        for (path, content) in &host.files {
+            archive.file(path, 0o644, content);
+        }
+        let mut file =
+            fs::File::create(&initrd).with_context(|| format!("cannot write {}", initrd.display()))?;
+        file.write_all(&self.base)?;
+        file.write_all(&archive.finish())?;
+        drop(file);
+
+        let mut machine = Machine::start(self.command(host, &initrd, &console), host.typing)?;
+        let outcome = machine.follow(deadline, each);
+        if let Outcome::Died { .. } = outcome {
+            let text = fs::read(&console).unwrap_or_default();
+            show(&Event::Evidence {
+                title: "emulated host's console".to_owned(),
+                text,
+            });
+        }
+        Ok(outcome)
+    }
+
+    fn command(&self, host: &Host, initrd: &Path, console: &Path) -> Command {
+        let mut command = Command::new(QEMU);
+        command.args([
+            "-accel",
+            "tcg",
+            "-cpu",
+            "max,+svm,+npt",
+            "-smp",
+            &host.cpus.to_string(),
+        ]);
+        command.args(["-m", &format!("{}M", host.memory_mib)]);
+        command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
+        command
+            .arg("-kernel")
+            .arg(&self.kernel.bzimage)
+            .arg("-initrd")
+            .arg(initrd);
+        command.args(["-append", "console=ttyS0 quiet panic=-1"]);
+        command.arg("-serial").arg(format!("file:{}", console.display()));
+        command.args([
+            "-chardev",
+            "stdio,id=report,signal=off",
+            "-serial",
+            "chardev:report",
+        ]);
+        command
+    }
+}
+
+/// A running QEMU; dropping it kills it.
+struct Machine {
+    child: Child,
+    lines: mpsc::Receiver<String>,
+}
+
+impl Machine {
+    fn start(mut command: Command, typing: bool) -> Result<Self> {
+        command
+            .stdin(if typing { Stdio::inherit() } else { Stdio::null() })
+            .stdout(Stdio::piped());
+        process::die_with_us(&mut command);
+        let mut child = command
+            .spawn()
+            .with_context(|| format!("cannot start {QEMU}; run: cargo xtask setup"))?;
+        let stdout = child.stdout.take().context("stdout is a pipe")?;
+        let (sender, lines) = mpsc::channel();
+        thread::spawn(move || {
+            let mut reader = BufReader::new(stdout);
+            let mut line = Vec::new();
+            while reader.read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
+                if sender.send(String::from_utf8_lossy(&line).into_owned()).is_err() {
+                    break;
+                }
+                line.clear();
+            }
+        });
+        Ok(Self { child, lines })
+    }
+
+    fn follow(&mut self, deadline: Instant, each: &mut dyn FnMut(Event)) -> Outcome {
+        let mut during = None;
+        let mut job_deadline = Instant::now() + BOOT_LIMIT;
+        let mut waiting_for = "did not come up".to_owned();
+        loop {
+            let until = job_deadline.min(deadline);
+            let line = match self
+                .lines
+                .recv_timeout(until.saturating_duration_since(Instant::now()))
+            {
+                Ok(line) => line,
+                Err(RecvTimeoutError::Timeout) => {
+                    let reason = if Instant::now() >= deadline {
+                        "the time is up".to_owned()
+                    } else {
+                        waiting_for
+                    };
+                    return Outcome::Died { reason, during };
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Outcome::Died {
+                        reason: "it ended without a word".to_owned(),
+                        during,
+                    };
+                }
+            };
+            let Some(event) = Event::decode(&line) else {
+                continue;
+            };
+            match &event {
+                Event::Start { job, limit } => {
+                    during = Some(job.clone());
+                    job_deadline = Instant::now() + Duration::from_secs(*limit) + SLACK;
+                    waiting_for = "it hangs".to_owned();
+                }
+                // A long console on the way is progress, too.
+                Event::Evidence { .. } => job_deadline = job_deadline.max(Instant::now() + SLACK),
+                Event::Pass { .. } | Event::Fail { .. } | Event::Sample(_) | Event::Ready(_) => {
+                    during = None;
+                    job_deadline = Instant::now() + SLACK * 2;
+                    waiting_for = "it hangs between two jobs".to_owned();
+                }
+                Event::Console(_) => {}
+                Event::End => return Outcome::Done,
+            }
+            each(event);
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        process::kill_tree(&mut self.child);
+    }
+}
+
+/// A directory that goes away with its owner.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Result<Self> {
+        let dir = paths::scratch().join(std::process::id().to_string());
+        fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        Ok(Self(dir))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // Left-overs are in target/, where `cargo clean` finds them.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}

@@ -1,0 +1,131 @@
+//! What is inside the emulated host, and what is inside its guests.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use harness::cpio::Archive;
+
+use crate::kernel::Kernel;
+use crate::process;
+
+const BUSYBOX: &str = "/bin/busybox";
+/// What a guest may load: panics are told to the VMM through pvpanic.
+const GUEST_MODULES: [&str; 1] = ["pvpanic_mmio"];
+/// KVM for AMD processors, which is what QEMU can emulate.
+const HOST_MODULES: [&str; 1] = ["kvm_amd"];
+/// What QEMU's microvm reads at start.
+const QEMU_DATA: [&str; 7] = [
+    "qemu/bios-microvm.bin",
+    "seabios/bios-microvm.bin",
+    "qemu/qboot.rom",
+    "qemu/linuxboot_dma.bin",
+    "qemu/linuxboot.bin",
+    "qemu/pvh.bin",
+    "qemu/kvmvapic.bin",
+];
+
+/// The guest's process 1. `script` is the scenario's; it may power off itself.
+const GUEST_INIT: &str = "\
+#!/bin/busybox sh
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+sh /script
+poweroff -f
+";
+
+/// Everything that all guests share. A second archive behind it brings /script.
+pub fn guest(kernel: &Kernel) -> Result<Vec<u8>> {
+    let mut archive = Archive::new();
+    busybox(&mut archive)?;
+    for dir in ["proc", "sys", "dev", "tmp", "run"] {
+        archive.dir(dir);
+    }
+    archive.char_device("dev/console", 5, 1);
+    for module in kernel.modules(&GUEST_MODULES)? {
+        archive.file(&format!("modules/{}.ko", module.name), 0o644, &module.content);
+    }
+    archive.file("init", 0o755, GUEST_INIT.as_bytes());
+    Ok(archive.finish())
+}
+
+/// The part of the emulated host that changes with the kernel only.
+pub fn host(kernel: &Kernel, with_qemu: bool) -> Result<Vec<u8>> {
+    let mut archive = Archive::new();
+    busybox(&mut archive)?;
+    for dir in ["proc", "sys", "dev", "tmp", "run"] {
+        archive.dir(dir);
+    }
+    archive.char_device("dev/console", 5, 1);
+    let mut order = String::new();
+    for module in kernel.modules(&HOST_MODULES)? {
+        archive.file(&format!("modules/{}.ko", module.name), 0o644, &module.content);
+        order.push_str(&format!("{}.ko\n", module.name));
+    }
+    archive.file("modules/order", 0o644, order.as_bytes());
+    archive.file("guest/bzImage", 0o644, &read(&kernel.bzimage)?);
+    archive.file("guest/vmlinux", 0o644, &read(&kernel.vmlinux)?);
+    archive.file("guest/base.cpio", 0o644, &guest(kernel)?);
+    if with_qemu {
+        qemu(&mut archive)?;
+    }
+    Ok(archive.finish())
+}
+
+fn busybox(archive: &mut Archive) -> Result<()> {
+    archive.file("bin/busybox", 0o755, &read(Path::new(BUSYBOX))?);
+    let applets = process::output(Command::new(BUSYBOX).arg("--list"))?;
+    for applet in String::from_utf8_lossy(&applets)
+        .split_whitespace()
+        .filter(|a| *a != "busybox")
+    {
+        archive.symlink(&format!("bin/{applet}"), "busybox");
+    }
+    // What is dynamically linked would not run: the packages busybox and busybox-static share the path.
+    let kind = process::output(Command::new("ldd").arg(BUSYBOX));
+    ensure!(
+        kind.is_err(),
+        "{BUSYBOX} is not static; run: apt-get install busybox-static"
+    );
+    Ok(())
+}
+
+/// QEMU with its libraries and its firmware, at the paths where Debian has them.
+fn qemu(archive: &mut Archive) -> Result<()> {
+    let program = Path::new("/usr/bin/qemu-system-x86_64");
+    archive.file(&inside(program), 0o755, &read(program)?);
+    for library in libraries(program)? {
+        archive.file(&inside(&library), 0o755, &read(&library)?);
+    }
+    for name in QEMU_DATA {
+        let path = Path::new("/usr/share").join(name);
+        // A release of Debian has each of these at one of two places.
+        if path.exists() {
+            archive.file(&inside(&path), 0o644, &read(&path)?);
+        }
+    }
+    Ok(())
+}
+
+/// The files that `ldd` names, the dynamic linker among them.
+fn libraries(program: &Path) -> Result<BTreeSet<PathBuf>> {
+    let text = process::output(Command::new("ldd").arg(program))?;
+    let mut found = BTreeSet::new();
+    for line in String::from_utf8_lossy(&text).lines() {
+        if let Some(path) = line.split_whitespace().find(|word| word.starts_with('/')) {
+            found.insert(PathBuf::from(path));
+        }
+    }
+    Ok(found)
+}
+
+fn inside(path: &Path) -> String {
+    path.to_string_lossy().trim_start_matches('/').to_owned()
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}

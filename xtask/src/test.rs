@@ -1,0 +1,192 @@
+//! README's second command, and what CI runs.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use harness::scenario;
+
+use crate::emulated_host::{self, Options, Vmm};
+use crate::{paths, process, setup};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Scenarios of the emulated host: a suite, `all`, or `none`
+    #[arg(long, default_value = "ci")]
+    pub suite: String,
+    /// Only the steps whose name contains this
+    #[arg(long)]
+    pub only: Option<String>,
+}
+
+struct Step {
+    name: &'static str,
+    words: &'static [&'static str],
+    env: &'static [(&'static str, &'static str)],
+    limit: u64,
+}
+
+/// Every step that is a cargo command, in order. Each has a limit in seconds, so that a hang is a failure.
+const STEPS: [Step; 4] = [
+    Step {
+        name: "format",
+        words: &["fmt", "--all", "--check"],
+        env: &[],
+        limit: 60,
+    },
+    Step {
+        name: "clippy",
+        words: &[
+            "clippy",
+            "--quiet",
+            "--locked",
+            "--workspace",
+            "--all-targets",
+            "--",
+            "-D",
+            "warnings",
+        ],
+        env: &[],
+        limit: 600,
+    },
+    Step {
+        name: "tests",
+        words: &["test", "--quiet", "--locked", "--workspace"],
+        env: &[],
+        limit: 900,
+    },
+    // Another cfg would throw away what the other steps have built, hence a target directory of its own.
+    Step {
+        name: "loom models",
+        words: &[
+            "test",
+            "--quiet",
+            "--locked",
+            "--release",
+            "--lib",
+            "--target-dir",
+            "target/loom",
+            "loom_",
+        ],
+        env: &[("RUSTFLAGS", "--cfg loom"), ("LOOM_MAX_PREEMPTIONS", "3")],
+        limit: 600,
+    },
+];
+
+/// For all scenarios together.
+const SCENARIOS_LIMIT: Duration = Duration::from_secs(900);
+
+pub fn run(args: &Args) -> Result<bool> {
+    let mut summary = Summary::default();
+    let wanted = |name: &str| args.only.as_deref().is_none_or(|part| name.contains(part));
+    if wanted("setup") {
+        summary.step("setup", || setup::run(&setup::Args::default()).map(|()| true));
+    }
+    if wanted("/dev/kvm") {
+        summary.step("/dev/kvm", local_kvm);
+    }
+    for step in STEPS.iter().filter(|s| wanted(s.name)) {
+        summary.step(step.name, || {
+            let mut command = Command::new(env!("CARGO"));
+            command
+                .args(step.words)
+                .envs(step.env.iter().copied())
+                .current_dir(paths::root());
+            Ok(process::run_limited(&mut command, Duration::from_secs(step.limit))?.success())
+        });
+    }
+    if args.suite != "none" && wanted("scenarios") {
+        summary.scenarios(&args.suite);
+    }
+    Ok(summary.print())
+}
+
+/// The tests skip by themselves what needs /dev/kvm; that must not go unnoticed.
+fn local_kvm() -> Result<bool> {
+    let kvm = Path::new("/dev/kvm");
+    let Err(error) = std::fs::File::options().read(true).write(true).open(kvm) else {
+        return Ok(true);
+    };
+    if std::env::var_os("CI").is_some() {
+        return Err(error).context("CI has to have a usable /dev/kvm");
+    }
+    eprintln!("**** /dev/kvm cannot be used ({error}): EVERY TEST THAT NEEDS IT IS SKIPPED ****");
+    Ok(true)
+}
+
+#[derive(Default)]
+struct Summary {
+    lines: Vec<String>,
+    passed: u32,
+    failed: u32,
+}
+
+impl Summary {
+    fn step(&mut self, name: &str, work: impl FnOnce() -> Result<bool>) {
+        println!("==== {name}");
+        let started = Instant::now();
+        let result = work();
+        let took = started.elapsed().as_secs_f64();
+        let verdict = match result {
+            Ok(true) => {
+                self.passed += 1;
+                "pass"
+            }
+            Ok(false) => {
+                self.failed += 1;
+                "FAIL"
+            }
+            Err(error) => {
+                println!("{error:#}");
+                self.failed += 1;
+                "FAIL"
+            }
+        };
+        println!("{verdict}    {name:<44} {took:>6.1} s");
+        self.lines.push(format!("{verdict}    {name:<44} {took:>6.1} s"));
+    }
+
+    fn scenarios(&mut self, suite: &str) {
+        println!("==== scenarios");
+        let started = Instant::now();
+        let outcome = scenario::load(&paths::scenarios()).and_then(|all| {
+            let chosen = emulated_host::select(&all, &[], Some(suite))?;
+            let options = Options {
+                cpus: 1,
+                limit: SCENARIOS_LIMIT,
+                split: false,
+                console: false,
+                vmm: Vmm::ActorVmm,
+            };
+            emulated_host::scenarios(&chosen, &options)
+        });
+        match outcome {
+            Ok(tally) => {
+                self.passed += tally.passed;
+                self.failed += tally.failed.len() as u32;
+                let took = started.elapsed().as_secs_f64();
+                self.lines.push(format!(
+                    "        scenarios: {} passed in {took:.1} s",
+                    tally.passed
+                ));
+                self.lines
+                    .extend(tally.failed.iter().map(|name| format!("FAIL    {name}")));
+            }
+            Err(error) => {
+                println!("{error:#}");
+                self.failed += 1;
+                self.lines.push(format!("FAIL    scenarios: {error:#}"));
+            }
+        }
+    }
+
+    fn print(&self) -> bool {
+        println!("==== summary");
+        for line in &self.lines {
+            println!("{line}");
+        }
+        println!("{} passed, {} failed", self.passed, self.failed);
+        self.failed == 0
+    }
+}
