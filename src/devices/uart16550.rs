@@ -30,7 +30,7 @@
 
 use std::collections::VecDeque;
 
-use super::{Access, AccessClass, Claim, Context, Device, Direction, Nanos, Width, byte_lanes};
+use super::{Access, Claim, Context, Device, Nanos, byte_lanes};
 
 /// What to claim, as offsets from the base port.
 pub const CLAIMS: &[Claim] = &[Claim::new(0, 8)];
@@ -244,18 +244,8 @@ impl Device for Uart16550 {
             ..Uart16550::new(self.name)
         };
     }
-
-    fn classify(&self) -> fn(Access, Direction) -> AccessClass {
-        // A byte written to offset 0 goes to the THR or, with DLAB set, into the divisor latch; which one is state that
-        // the sender cannot see. Posted is right for both: neither gives the guest a value back, and whatever shows
-        // their effect (LSR, IIR, the latch itself) is read from this device, in order behind them. Among vCPUs that
-        // take turns under a lock of the guest it needs that a post is in the device's one queue before the poster goes
-        // on, so that the next holder's access comes behind it.
-        |access, direction| match (access.offset, access.width, direction) {
-            (RBR_THR_DLL, Width::Byte, Direction::Write) => AccessClass::Post,
-            _ => AccessClass::Ask,
-        }
-    }
+    // Every access is an ask. A byte for the THR would stand for itself within one vCPU, but guests take turns at the
+    // transmitter under a lock of their own, and there is no order among the posts of different vCPUs.
 }
 
 impl Uart16550 {
@@ -505,6 +495,7 @@ impl Uart16550 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::devices::Width;
     use crate::devices::testing::Bench;
 
     const FIFO_ON: u8 = fcr::ENABLE;
@@ -1030,19 +1021,5 @@ mod tests {
         assert_eq!(uart.read(LSR), 0);
         uart.make_room(10);
         assert_eq!(uart.cx.sent, b"xy");
-    }
-
-    #[test]
-    fn only_a_byte_written_to_offset_0_is_posted() {
-        let classify = Uart16550::new("serial0").classify();
-        for offset in 0..8 {
-            for width in [Width::Byte, Width::Word, Width::Dword] {
-                for direction in [Direction::Read, Direction::Write] {
-                    let posted = classify(Access { offset, width }, direction) == AccessClass::Post;
-                    let thr = offset == 0 && width == Width::Byte && direction == Direction::Write;
-                    assert_eq!(posted, thr, "{offset} {width:?} {direction:?}");
-                }
-            }
-        }
     }
 }
