@@ -476,6 +476,24 @@ mod tests {
     }
 
     #[test]
+    fn huge_pages_that_are_there_are_used() {
+        let free = std::fs::read_to_string(FREE_HUGE_PAGES)
+            .ok()
+            .and_then(|text| text.trim().parse().ok());
+        if free.unwrap_or(0u64) < MIN_BYTES / HUGE_PAGE_BYTES {
+            eprintln!("SKIPPED: no huge pages on this machine (sysctl vm.nr_hugepages=8)");
+            return;
+        }
+        let config = MemoryConfig {
+            size_bytes: MIN_BYTES,
+            backing: Backing::Hugepages,
+        };
+        let memory = create(&config).unwrap();
+        memory.write_obj(7u64, GuestAddress(MIN_BYTES - 8)).unwrap();
+        assert_eq!(memory.iter().next().unwrap().is_hugetlbfs(), Some(true));
+    }
+
+    #[test]
     fn sizes_read_well() {
         assert_eq!(human(4608 * MIB), "4608 MiB");
         assert_eq!(human(4 << 30), "4 GiB");
