@@ -4,6 +4,7 @@
 //! there are a PM timer, a fixed power button and an SCI. The interrupt controllers are those of KVM.
 //! There is no PCI root.
 
+use crate::devices::acpi_pm::SLP_TYP_S5;
 use acpi_tables::aml::{
     Device, EISAName, IO, Interrupt, Name, PackageBuilder, Path, ResourceTemplate, Scope,
 };
@@ -18,9 +19,6 @@ use acpi_tables::{Aml, AmlSink};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use super::layout::{self, io};
-
-/// What the guest writes to SLP_TYP of the PM1a control register to power off: the value of `\_S5`.
-pub const S5_SLP_TYP: u8 = 5;
 
 const OEM: [u8; 6] = *b"ACTVMM";
 const OEM_TABLE: [u8; 8] = *b"ACTORVMM";
@@ -290,7 +288,7 @@ fn dsdt(config: &AcpiConfig) -> Vec<u8> {
     let mut body = Vec::new();
 
     let mut s5 = PackageBuilder::new();
-    for value in [S5_SLP_TYP, S5_SLP_TYP, 0, 0] {
+    for value in [SLP_TYP_S5, SLP_TYP_S5, 0, 0] {
         s5.add_element(&value);
     }
     Name::new("\\_S5_".into(), &s5).to_aml_bytes(&mut body);

@@ -121,6 +121,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
         #[test]
         fn seconds_survive_the_round_trip(seconds in -100_000_000_000i64..300_000_000_000) {
             prop_assert_eq!(DateTime::from_unix_s(seconds).to_unix_s(), seconds);

@@ -38,7 +38,7 @@ impl DebugConsole {
 
 impl Device for DebugConsole {
     fn name(&self) -> &'static str {
-        "debug-console"
+        "debug_console"
     }
 
     fn read(&mut self, _cx: &mut dyn Context, access: Access) -> u64 {
@@ -65,8 +65,8 @@ impl Device for DebugConsole {
     }
 
     fn classify(&self) -> fn(Access, Direction) -> AccessClass {
-        // The guest learns nothing from a write, not even whether the byte was dropped, and the bytes stay in order.
-        // Among vCPUs that take turns it needs what the THR needs: see `Uart16550::classify`.
+        // The guest learns nothing from a write, not even whether the byte was dropped. One vCPU's bytes stay in order;
+        // how those of several interleave is promised by nobody, so a guest's lock around them protects nothing.
         |_, direction| match direction {
             Direction::Write => AccessClass::Post,
             Direction::Read => AccessClass::Ask,

@@ -1,7 +1,7 @@
 //! Debug exit: a port that ends the machine with a status that the guest gives.
 //!
-//! After QEMU's `isa-debug-exit`, with one difference: there the process ends with `(value << 1) | 1`, here the low
-//! byte of the value is the guest's status as it is. Reads are all-ones.
+//! After QEMU's `isa-debug-exit`. The low byte of the value is the guest's status; what the process makes of it is the
+//! machine's business. Reads are all-ones.
 //!
 //! **A hostile guest** can end its own machine.
 
@@ -23,7 +23,7 @@ impl DebugExit {
 
 impl Device for DebugExit {
     fn name(&self) -> &'static str {
-        "debug-exit"
+        "debug_exit"
     }
 
     fn read(&mut self, _cx: &mut dyn Context, access: Access) -> u64 {

@@ -134,6 +134,10 @@ pub enum AccessClass {
     Ask,
     /// A write that the vCPU does not wait for. Ordered after this vCPU's earlier accesses to the same device,
     /// and complete before this vCPU's next access to any other device.
+    ///
+    /// There is no order among vCPUs: what one posts under a guest's lock may come after what another, who took the
+    /// lock next, does to the same device. So a register whose writes a guest orders by a lock (a FIFO, an index)
+    /// must not be posted, only one whose writes stand for themselves.
     Post,
 }
 

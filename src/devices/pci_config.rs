@@ -37,7 +37,7 @@ impl PciConfig {
 
 impl Device for PciConfig {
     fn name(&self) -> &'static str {
-        "pci-config"
+        "pci_config"
     }
 
     fn read(&mut self, _cx: &mut dyn Context, access: Access) -> u64 {

@@ -126,6 +126,11 @@ impl<D: Device> Bench<D> {
         while let Some(deadline) = self.device.deadline().filter(|deadline| deadline.0 <= end) {
             self.cx.advance_ns(deadline.0.saturating_sub(self.cx.now.0));
             self.device.tick(&mut self.cx);
+            let next = self.device.deadline();
+            assert!(
+                next.is_none_or(|next| next > self.cx.now),
+                "a tick at once after a tick: the shell would spin"
+            );
         }
         self.cx.advance_ns(end - self.cx.now.0);
     }

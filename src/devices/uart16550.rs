@@ -30,7 +30,7 @@
 
 use std::collections::VecDeque;
 
-use super::{Access, AccessClass, Claim, Context, Device, Direction, Nanos, Width, byte_lanes};
+use super::{Access, Claim, Context, Device, Nanos, byte_lanes};
 
 /// What to claim, as offsets from the base port.
 pub const CLAIMS: &[Claim] = &[Claim::new(0, 8)];
@@ -244,18 +244,8 @@ impl Device for Uart16550 {
             ..Uart16550::new(self.name)
         };
     }
-
-    fn classify(&self) -> fn(Access, Direction) -> AccessClass {
-        // A byte written to offset 0 goes to the THR or, with DLAB set, into the divisor latch; which one is state that
-        // the sender cannot see. Posted is right for both: neither gives the guest a value back, and whatever shows
-        // their effect (LSR, IIR, the latch itself) is read from this device, in order behind them. Among vCPUs that
-        // take turns under a lock of the guest it needs that a post is in the device's one queue before the poster goes
-        // on, so that the next holder's access comes behind it.
-        |access, direction| match (access.offset, access.width, direction) {
-            (RBR_THR_DLL, Width::Byte, Direction::Write) => AccessClass::Post,
-            _ => AccessClass::Ask,
-        }
-    }
+    // Every access is an ask. A byte for the THR would stand for itself within one vCPU, but guests take turns at the
+    // transmitter under a lock of their own, and there is no order among the posts of different vCPUs.
 }
 
 impl Uart16550 {
@@ -270,7 +260,7 @@ impl Uart16550 {
             IIR_FCR => self.read_iir(),
             LCR => self.lcr,
             MCR => self.mcr,
-            LSR => self.read_lsr(cx),
+            LSR => self.read_lsr(),
             MSR => self.modem_lines() | std::mem::take(&mut self.modem_deltas),
             SCR => self.scr,
             _ => 0xff,
@@ -322,7 +312,7 @@ impl Uart16550 {
     }
 
     /// Reading the LSR clears the overrun indication [PC16550D §8.4].
-    fn read_lsr(&mut self, cx: &mut dyn Context) -> u8 {
+    fn read_lsr(&mut self) -> u8 {
         let mut value = 0;
         if !self.rx.is_empty() {
             value |= lsr::DR;
@@ -334,11 +324,7 @@ impl Uart16550 {
             value |= lsr::THRE | lsr::TEMT;
         }
         if value == lsr::THRE | lsr::TEMT && self.idle_polls < RECEIVER_POLLS {
-            let was_listening = self.listening();
             self.idle_polls += 1;
-            if !was_listening && self.listening() {
-                self.settle(cx);
-            }
         }
         value
     }
@@ -476,7 +462,7 @@ impl Uart16550 {
 
     /// A load would be taken if it were time.
     fn wants_load(&self) -> bool {
-        self.rx.is_empty() && self.listening()
+        self.rx.is_empty() && !self.host_empty && self.listening()
     }
 
     /// Keeps the wire quiet until the guest's driver has finished setting up.
@@ -509,6 +495,7 @@ impl Uart16550 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::devices::Width;
     use crate::devices::testing::Bench;
 
     const FIFO_ON: u8 = fcr::ENABLE;
@@ -829,6 +816,7 @@ mod tests {
         for register in [LSR, RBR_THR_DLL, IIR_FCR, MSR] {
             uart.read(register);
         }
+        uart.run_for_ns(SETTLE_NS);
         uart.write(MCR, mcr::OUT2 | mcr::DTR);
         uart.write(IER_DLM, ier::ERBFI | ier::ELSI);
         uart.run_for_ns(SETTLE_NS / 2);
@@ -845,7 +833,6 @@ mod tests {
         for _ in 0..RECEIVER_POLLS {
             assert_eq!(uart.read(LSR) & lsr::DR, 0);
         }
-        uart.cx.advance_ns(SETTLE_NS);
         assert_eq!(drain(&mut uart), b"x");
     }
 
@@ -879,6 +866,17 @@ mod tests {
         uart.type_bytes(b"x");
         uart.write(IIR_FCR, FIFO_ON | fcr::RCVR_RESET);
         assert_eq!(uart.read(LSR), SENT_ALL);
+    }
+
+    #[test]
+    fn receiver_reset_keeps_the_wire_quiet_for_the_driver_to_finish() {
+        let mut uart = open(ier::ERBFI);
+        uart.write(IIR_FCR, FIFO_ON | fcr::RCVR_RESET);
+        uart.type_bytes(b"x");
+        uart.run_for_ns(SETTLE_NS - 1);
+        assert_eq!(uart.cx.typed, b"x");
+        uart.run_for_ns(1);
+        assert_eq!(drain(&mut uart), b"x");
     }
 
     #[test]
@@ -1023,19 +1021,5 @@ mod tests {
         assert_eq!(uart.read(LSR), 0);
         uart.make_room(10);
         assert_eq!(uart.cx.sent, b"xy");
-    }
-
-    #[test]
-    fn only_a_byte_written_to_offset_0_is_posted() {
-        let classify = Uart16550::new("serial0").classify();
-        for offset in 0..8 {
-            for width in [Width::Byte, Width::Word, Width::Dword] {
-                for direction in [Direction::Read, Direction::Write] {
-                    let posted = classify(Access { offset, width }, direction) == AccessClass::Post;
-                    let thr = offset == 0 && width == Width::Byte && direction == Direction::Write;
-                    assert_eq!(posted, thr, "{offset} {width:?} {direction:?}");
-                }
-            }
-        }
     }
 }

@@ -11,6 +11,7 @@ use super::state::{State, Transition};
 use super::vm::{Vm, VmError};
 use super::{MachineMessage, cpuid::Topology};
 use crate::actors::{Lifecycle, PlacementKind, Port};
+use crate::boot::layout;
 use crate::boot::{self, AcpiConfig, BootConfig, BootError, EntryPoint};
 use crate::clock::Clock;
 use crate::devices::MachineRequest;
@@ -138,25 +139,63 @@ impl Lines for Vm {
     }
 }
 
-/// Builds a machine, runs it to its end, and takes it apart.
+/// Lines that lead nowhere: for machines without KVM, whose guests are scripts and take no interrupts.
+pub struct Unwired;
+
+impl Lines for Unwired {
+    type Error = StartError;
+
+    fn edge(&self, _gsi: u32) -> Result<Box<dyn InterruptLine>, StartError> {
+        Ok(Box::new(Unwired))
+    }
+
+    fn level(&self, _gsi: u32) -> Result<Box<dyn InterruptLine>, StartError> {
+        Ok(Box::new(Unwired))
+    }
+}
+
+impl InterruptLine for Unwired {
+    fn set(&mut self, _level: bool) {}
+}
+
+/// Builds a machine of KVM, runs it to its end, and takes it apart.
 ///
 /// # Errors
 /// [`StartError`] when it cannot be started; nothing of it is left then.
 pub fn run(config: &MachineConfig, log: &Logger) -> Result<Outcome, StartError> {
-    if !(1..=MAX_CPUS).contains(&config.cpus) {
-        return Err(StartError::Cpus(config.cpus));
-    }
-    if let Some((name, _)) = config
-        .placements
-        .iter()
-        .find(|(name, _)| !DEVICE_NAMES.contains(&name.as_str()))
-    {
-        return Err(StartError::NoSuchDevice { name: name.clone() });
-    }
+    config.check()?;
     // What can be wrong with the user's files is found before the host is asked for anything.
     let memory = memory::create(&config.memory)?;
     let topology = Topology::flat(config.cpus as u32);
     let entry = load(&memory, config, &topology, log)?;
+    let vm = Vm::new(memory.clone(), config.cpus, true)?;
+    let mut backends = Vec::with_capacity(config.cpus);
+    for index in 0..config.cpus {
+        let fd = vm.vcpu(index, &topology)?;
+        if index == 0 {
+            vm.enter_at(&fd, &entry)?;
+        }
+        backends.push(vm.backend(fd));
+    }
+    run_with(config, backends, &vm, log)
+}
+
+/// Runs a machine around vCPUs that are there already, one a backend: those of KVM, or scripted ones. The devices,
+/// the event loop and the supervisor are the same for both.
+///
+/// # Errors
+/// [`StartError`] when it cannot be started; nothing of it is left then.
+pub fn run_with<B, L>(
+    config: &MachineConfig,
+    backends: Vec<B>,
+    lines: &L,
+    log: &Logger,
+) -> Result<Outcome, StartError>
+where
+    B: Backend + Send + 'static,
+    L: Lines<Error = StartError>,
+{
+    config.check()?;
     let console = Console::open(&config.console)?;
     let debug_console = Console::open(&config.debug_console)?;
     for console in [&console, &debug_console] {
@@ -165,16 +204,6 @@ pub fn run(config: &MachineConfig, log: &Logger) -> Result<Outcome, StartError> 
             crate::host::log::print(&format!("console: {}", console.name));
         }
     }
-
-    let vm = Vm::new(memory.clone(), config.cpus, true)?;
-    let mut vcpus = Vec::with_capacity(config.cpus);
-    for index in 0..config.cpus {
-        let fd = vm.vcpu(index, &topology)?;
-        if index == 0 {
-            vm.enter_at(&fd, &entry)?;
-        }
-        vcpus.push(vm.backend(fd));
-    }
     kick::install_handler()?;
     let signals = events::collect_signals()?;
 
@@ -182,21 +211,22 @@ pub fn run(config: &MachineConfig, log: &Logger) -> Result<Outcome, StartError> 
     let clock = Clock::new();
     let waker = Arc::new(EventFd::new(libc::EFD_NONBLOCK)?);
     let raw = events::take_terminal(&console);
+    let below_4g_bytes = config.memory.size_bytes.min(layout::PCI_HOLE);
     let chipset_config = ChipsetConfig {
-        vcpus: config.cpus,
+        vcpus: backends.len(),
         memory: MemorySize {
-            below_4g_bytes: memory::low_end(&memory),
-            above_4g_bytes: memory::total_bytes(&memory).saturating_sub(memory::low_end(&memory)),
+            below_4g_bytes,
+            above_4g_bytes: config.memory.size_bytes - below_4g_bytes,
         },
         placements: &config.placements,
         clock: clock.clone(),
         waker: waker.clone(),
         machine: sender.clone(),
     };
-    let mut chipset = Chipset::new(chipset_config, console, debug_console, &vm)?;
+    let mut chipset = Chipset::new(chipset_config, console, debug_console, lines)?;
     let tell = sender.clone();
     let event_loop = EventLoop {
-        clock: clock.clone(),
+        clock,
         waker,
         characters: std::mem::take(&mut chipset.characters),
         timed: std::mem::take(&mut chipset.timed),
@@ -214,7 +244,7 @@ pub fn run(config: &MachineConfig, log: &Logger) -> Result<Outcome, StartError> 
         deadline: config.timeout.map(|limit| Instant::now() + limit),
         log: log.clone(),
     };
-    let started = machine.start_vcpus(vcpus, &chipset, &sender);
+    let started = machine.start_vcpus(backends, &chipset, &sender);
     drop(sender);
     let outcome = match started {
         Ok(()) => machine.supervise(),
@@ -225,6 +255,23 @@ pub fn run(config: &MachineConfig, log: &Logger) -> Result<Outcome, StartError> 
     };
     drop(raw);
     Ok(outcome)
+}
+
+impl MachineConfig {
+    /// What contradicts itself, found before anything is made.
+    fn check(&self) -> Result<(), StartError> {
+        if !(1..=MAX_CPUS).contains(&self.cpus) {
+            return Err(StartError::Cpus(self.cpus));
+        }
+        match self
+            .placements
+            .iter()
+            .find(|(name, _)| !DEVICE_NAMES.contains(&name.as_str()))
+        {
+            Some((name, _)) => Err(StartError::NoSuchDevice { name: name.clone() }),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Puts the guest into memory and tells where it starts.
@@ -290,9 +337,7 @@ impl Machine {
             // A machine that is gone does not care.
             let tell = Box::new(move |what: VcpuNews| drop(news.send(MachineMessage::Vcpu(what))));
             let vcpu = Vcpu::new(index, backend, routes, inbox, tell);
-            let thread = std::thread::Builder::new()
-                .name(format!("vcpu{index}"))
-                .spawn(move || vcpu.run())?;
+            let thread = crate::thread::spawn(format!("vcpu{index}"), move || vcpu.run())?;
             self.vcpus.push(RunningVcpu {
                 handle,
                 thread: Some(thread),
