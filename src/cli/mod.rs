@@ -152,7 +152,7 @@ impl Run {
                     Unpacking::Guest => Unpack::Guest,
                 },
             }),
-            None => crate::guests::probes::NOTHING.guest(),
+            None => crate::guests::demo::guest(),
         };
         MachineConfig {
             guest,
