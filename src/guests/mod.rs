@@ -10,6 +10,8 @@
 //! All of them stay within what a KVM that interprets ring 0 knows: integer, string, control-register and MSR
 //! instructions; no `int n`, no SSE.
 
+#[doc(hidden)]
+pub mod cases;
 pub mod demo;
 pub mod probes;
 mod runtime64;
@@ -22,12 +24,16 @@ pub const LOAD_ADDRESS: u64 = 0x10_0000;
 /// `image!(fn name = "symbol"; "line of assembly", …)`. The symbol must be unique in the binary. Syntax is Intel's;
 /// `.code16`, `.code32` and `.code64` choose the mode. Code must not depend on where it is in the binary: labels are
 /// used relative to each other or to RIP. A difference of labels is an immediate only by a name of its own: `.set
-/// LENGTH, .Lend - .Lstart`, then `offset LENGTH`. Labels are the binary's, not the image's: `.L` and a prefix.
+/// LENGTH, .Lend - .Lstart`, then `offset LENGTH`. More numbers of Rust's come as `; name = const VALUE` at the end, for
+/// `{name}` in the lines. Labels are the binary's, not the image's: `.L` and a prefix.
 ///
 /// Every image can use the names below; they are numbers, so `mov dx, COM1` loads one. In 64-bit code an address
 /// above 2 GiB (`LAPIC`) must come from a register: a displacement is sign-extended.
 macro_rules! image {
-    ($(#[$meta:meta])* $vis:vis fn $name:ident = $symbol:literal; $($line:expr),+ $(,)?) => {
+    (
+        $(#[$meta:meta])* $vis:vis fn $name:ident = $symbol:literal; $($line:expr),+ $(,)?
+        $(; $($operand:ident = const $value:expr),+)?
+    ) => {
         std::arch::global_asm!(
             ".pushsection .rodata.guest, \"a\"",
             // The machine, as `layout.rs` has it.
@@ -80,6 +86,7 @@ macro_rules! image {
             pci_hole = const $crate::boot::layout::PCI_HOLE,
             pml4 = const $crate::boot::layout::PML4,
             load = const $crate::guests::LOAD_ADDRESS,
+            $($($operand = const $value,)+)?
         );
         $(#[$meta])*
         $vis fn $name() -> &'static [u8] {
