@@ -21,4 +21,5 @@ pub mod devices;
 pub mod guests;
 pub mod host;
 pub mod machine;
+pub mod thread;
 pub mod vcpu;

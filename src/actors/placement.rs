@@ -75,13 +75,11 @@ impl Pool {
         let (queue, jobs): (_, Receiver<Arc<dyn Job>>) = crossbeam_channel::bounded(POOL_ACTORS);
         for n in 0..threads.max(1) {
             let jobs = jobs.clone();
-            std::thread::Builder::new()
-                .name(format!("pool{n}"))
-                .spawn(move || {
-                    for job in jobs {
-                        job.run();
-                    }
-                })?;
+            crate::thread::spawn(format!("pool{n}"), move || {
+                for job in jobs {
+                    job.run();
+                }
+            })?;
         }
         Ok(Pool { queue })
     }

@@ -66,11 +66,9 @@ impl<A: Actor> Address<A> {
         let core = Arc::new(Core::new(actor, name, lanes, runner, Box::new(on_death)));
         let thread = if resident {
             let core = core.clone();
-            Some(
-                std::thread::Builder::new()
-                    .name(format!("dev:{name}"))
-                    .spawn(move || core.reside())?,
-            )
+            Some(crate::thread::spawn(format!("dev:{name}"), move || {
+                core.reside()
+            })?)
         } else {
             None
         };

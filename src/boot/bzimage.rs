@@ -174,7 +174,7 @@ impl BzImage {
         image: &ImageFile,
     ) -> Result<(u64, u64), KernelError> {
         let low_end = low_end(memory);
-        let length = image.length() - self.image_start();
+        let length = image.length().saturating_sub(self.image_start());
         // The kernel unpacks itself to its preferred address or above, so nothing is gained by going below it.
         let start = match self.header.relocatable_kernel {
             0 => Some(self.header.pref_address),

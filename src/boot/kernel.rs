@@ -100,7 +100,7 @@ pub enum KernelError {
     )]
     UnknownPacking(String),
     /// `BootProtocol::Pvh` without a note.
-    #[error("it has no PVH entry point; boot it with --protocol linux, or build it with CONFIG_PVH")]
+    #[error("it has no PVH entry point; boot it with --boot linux, or build it with CONFIG_PVH")]
     NoPvhEntry,
     /// `BootProtocol::Pvh` for a bzImage as it is.
     #[error("a bzImage has a PVH entry point only when the host unpacks it; use --unpack host")]

@@ -59,9 +59,9 @@ struct Run {
     /// Guest memory, as 512M, 4.5G or a number of bytes
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_memory)]
     memory: u64,
-    /// Takes guest memory from huge pages of 2 MiB (vm.nr_hugepages)
-    #[arg(long)]
-    hugepages: bool,
+    /// What guest memory is made of
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t = MemoryBacking::Auto)]
+    memory_backing: MemoryBacking,
     /// Protocol by which the kernel is entered
     #[arg(long, value_enum, default_value_t = Boot::Auto)]
     boot: Boot,
@@ -96,6 +96,18 @@ enum Boot {
     Linux,
     /// PVH
     Pvh,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum MemoryBacking {
+    /// memfd where the host gives it transparent huge pages, else anonymous
+    Auto,
+    /// A shared file in memory, which other processes can be given
+    Memfd,
+    /// Private memory
+    Anonymous,
+    /// Pages of 2 MiB out of the host's pool (vm.nr_hugepages)
+    Hugepages,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -167,10 +179,11 @@ impl Run {
             cpus: self.cpus,
             memory: MemoryConfig {
                 size_bytes: self.memory,
-                backing: if self.hugepages {
-                    Backing::Hugepages
-                } else {
-                    Backing::Memfd
+                backing: match self.memory_backing {
+                    MemoryBacking::Auto => Backing::Auto,
+                    MemoryBacking::Memfd => Backing::Memfd,
+                    MemoryBacking::Anonymous => Backing::Anonymous,
+                    MemoryBacking::Hugepages => Backing::Hugepages,
                 },
             },
             placements: self.placement.clone(),

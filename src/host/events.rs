@@ -135,7 +135,7 @@ impl EventLoop {
         let (orders, inbox) = bounded(1);
         let (tell, ended) = bounded(1);
         let waker = self.waker.clone();
-        std::thread::Builder::new().name("events".into()).spawn(move || {
+        crate::thread::spawn("events", move || {
             let _rank = RankGuard::enter(Rank::Backend);
             Running {
                 clock: self.clock,

@@ -56,9 +56,7 @@ pub fn start(level: Level) -> std::io::Result<(Logger, LogHandle)> {
     let (lines, queue) = crossbeam_channel::bounded(QUEUE);
     let lost = Arc::new(AtomicU64::new(0));
     let counted = lost.clone();
-    std::thread::Builder::new()
-        .name("log".into())
-        .spawn(move || write_lines(queue, &counted))?;
+    crate::thread::spawn("log", move || write_lines(queue, &counted))?;
     let drain = Queue {
         lines: lines.clone(),
         lost,

@@ -4,8 +4,8 @@
 //! hole between 640 KiB and 1 MiB has RAM behind it too (the ACPI tables are there), but the memory map that the
 //! guest gets leaves it out.
 //!
-//! All of it is one shared memfd, so that another process can be given guest memory by its descriptor, and pages
-//! are taken from the host when they are first touched.
+//! Where it can be had without a price, all of it is one shared memfd, so that another process can be given guest
+//! memory by its descriptor; see [`Backing`]. Pages are taken from the host when they are first touched.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -14,6 +14,7 @@ use std::io;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{self, MapFlags, ProtFlags};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
@@ -32,14 +33,21 @@ pub const MIN_BYTES: u64 = 16 * MIB;
 pub const MAX_BYTES: u64 = 16 << 40;
 
 const MEMFD_NAME: &CStr = c"guest-ram";
+const SHMEM_HUGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 const FREE_HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
 
 /// What guest memory is made of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Backing {
-    /// Ordinary pages (and transparent huge pages where the host offers them for shared memory).
+    /// [`Backing::Memfd`] where the host gives transparent huge pages to shared memory, else [`Backing::Anonymous`]:
+    /// a guest on small pages boots a third slower, and no device shares memory unless a user asks for one that does.
     #[default]
+    Auto,
+    /// One memfd: can be shared with other processes. Transparent huge pages where the host offers them for shared
+    /// memory (/sys/kernel/mm/transparent_hugepage/shmem_enabled).
     Memfd,
+    /// Private memory, with transparent huge pages wherever the host has them.
+    Anonymous,
     /// 2 MiB pages out of the host's pool. They are reserved when the machine starts.
     Hugepages,
 }
@@ -83,10 +91,10 @@ pub enum SizeError {
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The size does not fit the backing.
-    #[error("the memory size does not fit --hugepages")]
+    #[error("the memory size does not fit --memory-backing hugepages")]
     Size(#[source] SizeError),
     /// The host has no memfd, or not with huge pages.
-    #[error("cannot create the file behind guest memory{}", if *.huge { " (does this host's kernel have hugetlbfs? without --hugepages it is not needed)" } else { "" })]
+    #[error("cannot create the file behind guest memory{}", if *.huge { " (does this host's kernel have hugetlbfs? without --memory-backing hugepages it is not needed)" } else { "" })]
     Create {
         /// Whether huge pages were asked for.
         huge: bool,
@@ -97,7 +105,7 @@ pub enum MemoryError {
     /// The host's pool of huge pages is too small.
     #[error(
         "not enough huge pages: {needed} of 2 MiB are needed and {free} are free; `sysctl vm.nr_hugepages={sysctl}` \
-         makes room, or leave --hugepages out",
+         makes room, or choose another --memory-backing",
         sysctl = .needed - .free.min(.needed) + .pool
     )]
     HugePages {
@@ -185,12 +193,61 @@ pub fn blocks(size_bytes: u64) -> Vec<(GuestAddress, u64)> {
     blocks
 }
 
-/// Takes guest memory from the host: one memfd, mapped shared, a region for each of [`blocks`].
+impl Backing {
+    /// What [`Backing::Auto`] stands for on this host.
+    fn resolve(self) -> Backing {
+        if self != Backing::Auto {
+            return self;
+        }
+        let shmem = std::fs::read_to_string(SHMEM_HUGE_PAGES).unwrap_or_default();
+        let offered = ["[always]", "[within_size]", "[advise]", "[force]"];
+        if offered.iter().any(|word| shmem.contains(word)) {
+            Backing::Memfd
+        } else {
+            Backing::Anonymous
+        }
+    }
+}
+
+/// Takes guest memory from the host: a region for each of [`blocks`].
 pub fn create(config: &MemoryConfig) -> Result<GuestMemoryMmap, MemoryError> {
-    let huge = config.backing == Backing::Hugepages;
+    let backing = config.backing.resolve();
+    let huge = backing == Backing::Hugepages;
     let page = if huge { HUGE_PAGE_BYTES } else { PAGE_BYTES };
     let size = check_size(config.size_bytes, page).map_err(MemoryError::Size)?;
+    let file = match backing {
+        Backing::Anonymous | Backing::Auto => None,
+        Backing::Memfd | Backing::Hugepages => Some(std::sync::Arc::new(create_file(size, huge)?)),
+    };
+    let mut regions = Vec::with_capacity(2);
+    let mut offset = 0;
+    for (start, length) in blocks(size) {
+        // Reserving huge pages makes a pool that is too small an error here instead of a SIGBUS later.
+        let noreserve = if huge { 0 } else { libc::MAP_NORESERVE };
+        let mut builder = MmapRegionBuilder::new(length as usize)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_hugetlbfs(huge);
+        builder = match &file {
+            Some(file) => builder
+                .with_file_offset(FileOffset::from_arc(file.clone(), offset))
+                .with_mmap_flags(libc::MAP_SHARED | noreserve),
+            None => builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | noreserve),
+        };
+        let padding = Padding::align_next(length as usize);
+        let region = builder.build().map_err(|error| map_error(size, huge, error))?;
+        drop(padding);
+        advise(&region, huge);
+        // `None` only where the address space ends, and MAX_BYTES is far from there.
+        let past_end = || map_error(size, huge, MmapRegionError::InvalidOffsetLength);
+        regions.push(GuestRegionMmap::new(region, start).ok_or_else(past_end)?);
+        offset += length;
+    }
+    GuestMemoryMmap::from_regions(regions)
+        .map_err(|_| map_error(size, huge, MmapRegionError::InvalidOffsetLength))
+}
 
+/// The file behind shared guest memory.
+fn create_file(size: u64, huge: bool) -> Result<File, MemoryError> {
     let fail = |errno: Errno| MemoryError::Create {
         huge,
         source: errno.into(),
@@ -205,28 +262,46 @@ pub fn create(config: &MemoryConfig) -> Result<GuestMemoryMmap, MemoryError> {
     // Nobody who gets the descriptor can pull the memory from under the guest.
     let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
     fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(fail)?;
+    Ok(file)
+}
 
-    let file = std::sync::Arc::new(file);
-    let mut regions = Vec::with_capacity(2);
-    let mut offset = 0;
-    for (start, length) in blocks(size) {
-        // Reserving huge pages makes a pool that is too small an error here instead of a SIGBUS later.
-        let noreserve = if huge { 0 } else { libc::MAP_NORESERVE };
-        let region = MmapRegionBuilder::new(length as usize)
-            .with_file_offset(FileOffset::from_arc(file.clone(), offset))
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_SHARED | noreserve)
-            .with_hugetlbfs(huge)
-            .build()
-            .map_err(|error| map_error(size, huge, error))?;
-        advise(&region, huge);
-        // `None` only where the address space ends, and MAX_BYTES is far from there.
-        let past_end = || map_error(size, huge, MmapRegionError::InvalidOffsetLength);
-        regions.push(GuestRegionMmap::new(region, start).ok_or_else(past_end)?);
-        offset += length;
+/// Address space that is taken for a moment so that the next mapping starts at a multiple of 2 MiB, without which
+/// neither the host nor KVM can use a huge page for it. The kernel places a mapping below the last one; if it does
+/// not, the guest is slower and nothing else.
+struct Padding(Option<(std::ptr::NonNull<std::ffi::c_void>, std::num::NonZeroUsize)>);
+
+impl Padding {
+    fn align_next(length: usize) -> Padding {
+        Padding(Self::map(length))
     }
-    GuestMemoryMmap::from_regions(regions)
-        .map_err(|_| map_error(size, huge, MmapRegionError::InvalidOffsetLength))
+
+    fn map(length: usize) -> Option<(std::ptr::NonNull<std::ffi::c_void>, std::num::NonZeroUsize)> {
+        use std::num::NonZeroUsize;
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+        let reserve = |at: Option<NonZeroUsize>, length: NonZeroUsize, flags: MapFlags| {
+            // SAFETY: a new mapping that nobody has a reference into, never in place of another (no MAP_FIXED).
+            unsafe { mman::mmap_anonymous(at, length, ProtFlags::PROT_NONE, flags) }.ok()
+        };
+        // Where it would go.
+        let length = NonZeroUsize::new(length)?;
+        let probe = reserve(None, length, flags)?;
+        // SAFETY: the mapping made above, which nobody uses.
+        unsafe { mman::munmap(probe, length.get()) }.ok()?;
+        let excess = NonZeroUsize::new(probe.addr().get() % HUGE_PAGE_BYTES as usize)?;
+        let end = probe.addr().get() + length.get();
+        let at = NonZeroUsize::new(end - excess.get())?;
+        let padding = reserve(Some(at), excess, flags | MapFlags::MAP_FIXED_NOREPLACE)?;
+        Some((padding, excess))
+    }
+}
+
+impl Drop for Padding {
+    fn drop(&mut self) {
+        if let Some((start, length)) = self.0 {
+            // SAFETY: the mapping that `map` made, which nobody uses.
+            let _ = unsafe { mman::munmap(start, length.get()) };
+        }
+    }
 }
 
 /// Hints to the host; a host that does not know one does without.
@@ -473,6 +548,24 @@ mod tests {
             create(&odd),
             Err(MemoryError::Size(SizeError::PartialPage { .. }))
         ));
+    }
+
+    #[test]
+    fn huge_pages_that_are_there_are_used() {
+        let free = std::fs::read_to_string(FREE_HUGE_PAGES)
+            .ok()
+            .and_then(|text| text.trim().parse().ok());
+        if free.unwrap_or(0u64) < MIN_BYTES / HUGE_PAGE_BYTES {
+            eprintln!("SKIPPED: no huge pages on this machine (sysctl vm.nr_hugepages=8)");
+            return;
+        }
+        let config = MemoryConfig {
+            size_bytes: MIN_BYTES,
+            backing: Backing::Hugepages,
+        };
+        let memory = create(&config).unwrap();
+        memory.write_obj(7u64, GuestAddress(MIN_BYTES - 8)).unwrap();
+        assert_eq!(memory.iter().next().unwrap().is_hugetlbfs(), Some(true));
     }
 
     #[test]

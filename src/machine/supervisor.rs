@@ -337,9 +337,7 @@ impl Machine {
             // A machine that is gone does not care.
             let tell = Box::new(move |what: VcpuNews| drop(news.send(MachineMessage::Vcpu(what))));
             let vcpu = Vcpu::new(index, backend, routes, inbox, tell);
-            let thread = std::thread::Builder::new()
-                .name(format!("vcpu{index}"))
-                .spawn(move || vcpu.run())?;
+            let thread = crate::thread::spawn(format!("vcpu{index}"), move || vcpu.run())?;
             self.vcpus.push(RunningVcpu {
                 handle,
                 thread: Some(thread),

@@ -61,6 +61,13 @@ fn refused(what: impl Into<String>) -> impl FnOnce(kvm_ioctls::Error) -> VmError
     move |source| VmError::Refused { what, source }
 }
 
+/// The local APIC's entries for its two pins, and what firmware leaves in them: the PIC's interrupts on one, NMI on
+/// the other, as the MADT says too. [SDM 3A §11.5.1, figure 11-8]
+const LVT_LINT0: usize = 0x350;
+const LVT_LINT1: usize = 0x360;
+const DELIVERY_EXTINT: u32 = 0b111 << 8;
+const DELIVERY_NMI: u32 = 0b100 << 8;
+
 /// A VM.
 pub struct Vm {
     kvm: Kvm,
@@ -200,6 +207,15 @@ impl Vm {
         .expect("two entries fit");
         // A host that knows fewer takes fewer; the guest then sees the reset value.
         fd.set_msrs(&msrs).map_err(what("KVM_SET_MSRS"))?;
+        if self.irqchip {
+            let mut lapic = fd.get_lapic().map_err(what("KVM_GET_LAPIC"))?;
+            for (register, mode) in [(LVT_LINT0, DELIVERY_EXTINT), (LVT_LINT1, DELIVERY_NMI)] {
+                for (byte, value) in lapic.regs[register..].iter_mut().zip(u32::to_le_bytes(mode)) {
+                    *byte = value as std::os::raw::c_char;
+                }
+            }
+            fd.set_lapic(&lapic).map_err(what("KVM_SET_LAPIC"))?;
+        }
         Ok(fd)
     }
 
