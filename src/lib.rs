@@ -5,6 +5,7 @@
 //! * [`actors`]: the runtime. Typed addresses, mailboxes with a run token, placements, ranks, lifecycle.
 //! * [`vcpu`]: the vCPU actors. Exits, routing, the kick, the KVM and the scripted backend.
 //! * [`devices`]: the devices, each a pure state machine, and the one shell that makes an actor of any of them.
+//! * [`baselines`]: the locks that the actors are compared with; the only place where lock types may be.
 //! * [`boot`]: from files to guest memory. Kernel formats, boot parameters, ACPI tables, memory map.
 //! * [`machine`]: the supervisor. Guest memory, CPUID, wiring, the machine's states.
 //! * [`host`]: the host's side. Console, terminal, signals, timers, log.
@@ -14,6 +15,7 @@
 //! `design.md` has the topology, the ranks, the orderings and the decisions.
 
 pub mod actors;
+pub mod baselines;
 pub mod boot;
 pub mod cli;
 pub mod clock;

@@ -419,7 +419,7 @@ fn exits(name: &str, irqchip: bool) -> Vec<Exit> {
     let mut exits = Vec::new();
     for _ in 0..10_000 {
         let exit = match backend.run() {
-            Ok(exit) => exit,
+            Ok(()) => backend.exit(),
             Err(RunError::Interrupted | RunError::Again) => continue,
             Err(RunError::Failed(errno)) => panic!("{errno}"),
         };

@@ -82,16 +82,43 @@ pub struct CharacterDevice {
     pub console: Console,
     /// The rings.
     pub end: HostEnd,
-    /// Where to tell that there is input or room.
-    pub port: Port<Shell>,
+    /// Whom to tell that there is input or room: the device's number.
+    pub device: usize,
 }
 
 /// A device with deadlines, as the loop sees it.
 pub struct TimedDevice {
     /// When.
     pub slot: TimerSlot,
-    /// Whom to tell.
-    pub port: Port<Shell>,
+    /// Whom to tell: the device's number.
+    pub device: usize,
+}
+
+/// The loop's way to the devices.
+pub trait Gate: Send {
+    /// Calls `work` with it. Whatever a discipline of dispatch wants held while the event loop does its work (nothing,
+    /// or QEMU's lock) is held meanwhile, and never while the loop sleeps.
+    fn with(&mut self, work: &mut dyn FnMut(&mut dyn Deliver));
+}
+
+/// Says something to a device.
+pub trait Deliver {
+    /// `false`: not now, the device's mailbox is full.
+    fn try_send(&mut self, device: usize, message: DeviceMessage) -> bool;
+}
+
+/// By messages: a port of the loop's own to each device. Nothing is held.
+impl Gate for Vec<Port<Shell>> {
+    fn with(&mut self, work: &mut dyn FnMut(&mut dyn Deliver)) {
+        work(self);
+    }
+}
+
+impl Deliver for Vec<Port<Shell>> {
+    fn try_send(&mut self, device: usize, message: DeviceMessage) -> bool {
+        // A device that is gone needs to be told nothing.
+        !matches!(self[device].try_post(message), Err(Some(_)))
+    }
 }
 
 /// What the loop is made of.
@@ -104,6 +131,8 @@ pub struct EventLoop {
     pub characters: Vec<CharacterDevice>,
     /// Devices with deadlines.
     pub timed: Vec<TimedDevice>,
+    /// The way to both.
+    pub gate: Box<dyn Gate>,
     /// Where signals and escapes go. Must not wait for long.
     pub machine: Box<dyn Fn(HostEvent) + Send>,
     /// For what goes wrong with the console.
@@ -137,6 +166,7 @@ impl EventLoop {
         let waker = self.waker.clone();
         crate::thread::spawn("events", move || {
             let _rank = RankGuard::enter(Rank::Backend);
+            let mut gate = self.gate;
             Running {
                 clock: self.clock,
                 waker: self.waker,
@@ -147,7 +177,7 @@ impl EventLoop {
                 inbox,
                 until: None,
             }
-            .run(signals);
+            .run(signals, &mut *gate);
             let _ = tell.send(());
         })?;
         Ok(EventLoopHandle { orders, waker, ended })
@@ -168,39 +198,48 @@ struct Running {
 }
 
 impl Running {
-    fn run(mut self, mut signals: Signals) {
+    fn run(mut self, mut signals: Signals, gate: &mut dyn Gate) {
         loop {
             if let Ok(Order::Stop(limit)) = self.inbox.try_recv() {
                 self.until = Some(Instant::now() + limit);
             }
-            self.deliver();
             if let Some(until) = self.until
                 && (!self.lines.iter().any(Line::has_work) || Instant::now() >= until)
             {
                 return;
             }
-            self.sleep(&mut signals);
+            let fired = self.sleep(&mut signals);
+            gate.with(&mut |devices| {
+                for (line, (readable, writable)) in self.lines.iter_mut().zip(&fired) {
+                    line.device.end.up();
+                    line.look_for_peer();
+                    if *readable {
+                        line.read_input(&*self.machine, &self.log);
+                    }
+                    if *writable || line.nobody_listens() {
+                        line.write_output(&self.log);
+                    }
+                    line.deliver(devices);
+                }
+                self.tick(devices);
+            });
         }
     }
 
-    /// Due ticks, and news for devices that could not be delivered before.
-    fn deliver(&mut self) {
+    /// Tells devices whose deadline has come.
+    fn tick(&mut self, devices: &mut dyn Deliver) {
         let now = self.clock.now();
-        for timed in &mut self.timed {
-            if timed.slot.take_due(now)
-                && timed.port.try_post(DeviceMessage::Tick) == Err(Some(DeviceMessage::Tick))
-            {
+        for timed in &self.timed {
+            if timed.slot.take_due(now) && !devices.try_send(timed.device, DeviceMessage::Tick) {
                 // No credit: the device is busy. Again when it may have one.
                 timed.slot.set(Some(Nanos(now.0 + 1_000_000)));
             }
         }
-        for line in &mut self.lines {
-            line.deliver();
-        }
     }
 
-    /// Sleeps until something happens, and takes what came through descriptors.
-    fn sleep(&mut self, signals: &mut Signals) {
+    /// Sleeps until something happens. Passes signals on, and says for each line whether its input and its output are
+    /// ready.
+    fn sleep(&mut self, signals: &mut Signals) -> Vec<(bool, bool)> {
         let timeout = self.timeout();
         // SAFETY: the descriptor belongs to `signals`, which outlives the poll.
         let signal_fd = unsafe { BorrowedFd::borrow_raw(signals.get_read().as_raw_fd()) };
@@ -248,20 +287,7 @@ impl Running {
                 (self.machine)(HostEvent::Signal(signal));
             }
         }
-        let fired: Vec<_> = places
-            .into_iter()
-            .map(|(input, output)| (fired(input), fired(output)))
-            .collect();
-        for (line, (readable, writable)) in self.lines.iter_mut().zip(fired) {
-            line.device.end.up();
-            line.look_for_peer();
-            if readable {
-                line.read_input(&*self.machine, &self.log);
-            }
-            if writable || line.nobody_listens() {
-                line.write_output(&self.log);
-            }
-        }
+        places.into_iter().map(|(input, output)| (fired(input), fired(output))).collect()
     }
 
     /// How long to sleep: `None` for as long as nothing happens.
@@ -354,8 +380,9 @@ impl Line {
         wanted.into_iter().min()
     }
 
-    fn deliver(&mut self) {
-        let CharacterDevice { end, port, .. } = &mut self.device;
+    /// Gives the device what was typed, and the news that it has not got yet.
+    fn deliver(&mut self, devices: &mut dyn Deliver) {
+        let CharacterDevice { end, device, .. } = &mut self.device;
         if !self.typed.is_empty() {
             let given = end.give(&self.typed);
             self.typed.drain(..given);
@@ -363,10 +390,10 @@ impl Line {
         }
         self.output_told &= !end.wants_output_ready();
         if !self.output_told {
-            self.output_told = !matches!(port.try_post(DeviceMessage::OutputReady), Err(Some(_)));
+            self.output_told = devices.try_send(*device, DeviceMessage::OutputReady);
         }
         if !self.input_told {
-            self.input_told = !matches!(port.try_post(DeviceMessage::InputReady), Err(Some(_)));
+            self.input_told = devices.try_send(*device, DeviceMessage::InputReady);
         }
     }
 

@@ -1,7 +1,6 @@
 //! The devices of a machine: which there are, where they are, and what they are connected to.
 
 use super::MachineMessage;
-use crate::actors::{Address, Placement, PlacementKind, Pool, Port, Spawned};
 use crate::boot::layout::io;
 use crate::clock::Clock;
 use crate::devices::acpi_pm::{AcpiPm, PmTimer};
@@ -19,7 +18,7 @@ use crate::host::character::{self, Waker};
 use crate::host::console::Console;
 use crate::host::events::{CharacterDevice, TimedDevice};
 use crate::host::timer::TimerSlot;
-use crate::vcpu::route::{Route, RoutingTable, Space, Target};
+use crate::vcpu::route::{Route, RouteMap, Space, Target};
 use crossbeam_channel::Sender;
 use std::sync::Arc;
 
@@ -35,12 +34,6 @@ pub const DEVICE_NAMES: [&str; 8] = [
     "pci_config",
 ];
 
-/// How many threads a pool has. Register handlers are short; what blocks has a thread of its own elsewhere.
-const POOL_THREADS: usize = 2;
-
-/// Lanes of a device beside the vCPUs': the machine actor's and the event loop's two (bytes and deadlines).
-const OTHER_LANES: usize = 3;
-
 /// Where the chipset's interrupt lines lead.
 pub trait Lines {
     /// What can go wrong.
@@ -52,13 +45,9 @@ pub trait Lines {
 }
 
 /// What a chipset is made from.
-pub struct ChipsetConfig<'a> {
-    /// How many vCPUs will connect.
-    pub vcpus: usize,
+pub struct ChipsetConfig {
     /// What the RTC's CMOS says about memory.
     pub memory: MemorySize,
-    /// Which device runs where; others by handoff.
-    pub placements: &'a [(String, PlacementKind)],
     /// Guest time.
     pub clock: Clock,
     /// What wakes the event loop.
@@ -77,40 +66,42 @@ struct Part {
     timed: bool,
 }
 
-/// One device as an actor.
-struct Placed {
-    spawned: Spawned<Shell>,
+/// One device, ready to be driven.
+pub struct Wired {
+    /// The device in its shell.
+    pub shell: Shell,
+    /// For `--placement` and the log.
+    pub name: &'static str,
     base: u16,
     claims: &'static [Claim],
     classify: fn(Access, Direction) -> AccessClass,
 }
 
-/// The devices of a machine, as actors.
+/// The devices of a machine, before a discipline of dispatch takes them.
 pub struct Chipset {
-    devices: Vec<Placed>,
-    pm_timer: Arc<PmTimer>,
-    clock: Clock,
+    /// All devices; their numbers are their places here.
+    pub devices: Vec<Wired>,
+    /// Guest time.
+    pub clock: Clock,
     /// For the event loop.
     pub characters: Vec<CharacterDevice>,
     /// For the event loop.
     pub timed: Vec<TimedDevice>,
+    pm_timer: Arc<PmTimer>,
 }
 
 impl Chipset {
-    /// Makes the devices and starts their actors. `console`: where the first serial port goes; `debug_console`:
+    /// Makes the devices. `console`: where the first serial port goes; `debug_console`:
     /// where the debug console does.
     ///
     /// # Errors
-    /// From `lines`; or when the host cannot start a thread.
+    /// From `lines`.
     pub fn new<L: Lines>(
-        config: ChipsetConfig<'_>,
+        config: ChipsetConfig,
         console: Console,
         debug_console: Console,
         lines: &L,
-    ) -> Result<Chipset, L::Error>
-    where
-        L::Error: From<std::io::Error>,
-    {
+    ) -> Result<Chipset, L::Error> {
         let part = |device: Box<dyn Device>, base, claims| Part {
             device,
             base,
@@ -152,7 +143,6 @@ impl Chipset {
             part(Box::new(Pvpanic::new()), io::PVPANIC, pvpanic::CLAIMS),
             part(Box::new(PciConfig::new()), io::PCI_CONFIG, pci_config::CLAIMS),
         ];
-        let mut pool = None;
         let mut chipset = Chipset {
             devices: Vec::with_capacity(parts.len()),
             pm_timer: Arc::new(PmTimer::new()),
@@ -161,101 +151,50 @@ impl Chipset {
             timed: Vec::new(),
         };
         for part in parts {
-            let wanted = config
-                .placements
-                .iter()
-                .rev()
-                .find(|(name, _)| name == part.device.name());
-            let placement = match wanted.map_or(PlacementKind::default(), |(_, kind)| *kind) {
-                PlacementKind::Handoff => Placement::Handoff,
-                PlacementKind::Thread => Placement::Thread,
-                PlacementKind::Pool => Placement::Pool(match &pool {
-                    Some(pool) => Pool::clone(pool),
-                    None => pool.insert(Pool::new(POOL_THREADS)?).clone(),
-                }),
-            };
-            chipset.add(part, placement, &config)?;
+            chipset.add(part, &config);
         }
         Ok(chipset)
     }
 
-    fn add(&mut self, part: Part, placement: Placement, config: &ChipsetConfig<'_>) -> std::io::Result<()> {
-        let Part {
-            device,
-            base,
-            claims,
-            line,
-            console,
-            timed,
-        } = part;
-        let (name, classify) = (device.name(), device.classify());
-        let (character, host_end) = match console {
-            Some(console) => {
-                let (device_end, host_end) = character::pair(config.waker.clone());
-                (Some(device_end), Some((console, host_end)))
-            }
-            None => (None, None),
-        };
-        let timer = timed.then(|| TimerSlot::new(config.waker.clone()));
+    fn add(&mut self, part: Part, config: &ChipsetConfig) {
+        let Part { device, base, claims, line, console, timed } = part;
+        let number = self.devices.len();
+        let character = console.map(|console| {
+            let (device_end, end) = character::pair(config.waker.clone());
+            self.characters.push(CharacterDevice { console, end, device: number });
+            device_end
+        });
+        let timer = timed.then(|| {
+            let slot = TimerSlot::new(config.waker.clone());
+            self.timed.push(TimedDevice { slot: slot.clone(), device: number });
+            slot
+        });
         let machine = config.machine.clone();
         let outside = Surroundings {
             clock: config.clock.clone(),
             line,
             character,
-            timer: timer.clone(),
+            timer,
             // A turn must not wait. A full mailbox has an end of the machine in it already.
             requests: Box::new(move |request| drop(machine.try_send(MachineMessage::Device(request)))),
         };
-        let machine = config.machine.clone();
-        let spawned = Address::spawn(
-            Shell::new(device, outside),
-            name,
-            placement,
-            config.vcpus + OTHER_LANES,
-            move |obituary| drop(machine.try_send(MachineMessage::Died(obituary))),
-        )?;
-        let connect = || spawned.address.connect().expect("lanes were counted");
-        if let Some((console, end)) = host_end {
-            self.characters.push(CharacterDevice {
-                console,
-                end,
-                port: connect(),
-            });
-        }
-        if let Some(slot) = timer {
-            self.timed.push(TimedDevice {
-                slot,
-                port: connect(),
-            });
-        }
-        self.devices.push(Placed {
-            spawned,
-            base,
-            claims,
-            classify,
-        });
-        Ok(())
+        let (name, classify) = (device.name(), device.classify());
+        self.devices.push(Wired { shell: Shell::new(device, outside), name, base, claims, classify });
     }
 
-    /// A vCPU's own table, with a port of its own to each device.
-    pub fn routing_table(&self, log: slog::Logger) -> RoutingTable {
-        let mut table = RoutingTable::new(self.clock.clone(), log);
-        for placed in &self.devices {
-            let device = table.connect(placed.spawned.address.connect().expect("lanes were counted"));
-            for claim in placed.claims {
-                let start = u64::from(placed.base) + claim.offset;
+    /// The ranges of all devices, which are numbered as in [`Chipset::devices`].
+    pub fn routes(&self) -> RouteMap {
+        let mut map = RouteMap::default();
+        for (device, wired) in self.devices.iter().enumerate() {
+            for claim in wired.claims {
+                let start = u64::from(wired.base) + claim.offset;
                 let route = Route {
                     start,
                     last: start + claim.len - 1,
                     base: claim.offset,
-                    target: Target::Device {
-                        device,
-                        classify: placed.classify,
-                    },
+                    target: Target::Device { device, classify: wired.classify },
                 };
-                table
-                    .insert(Space::Pio, route)
-                    .expect("the layout has no overlaps");
+                map.insert(Space::Pio, route).expect("the layout has no overlaps");
             }
         }
         let timer = Route {
@@ -264,25 +203,7 @@ impl Chipset {
             base: 0,
             target: Target::Published(self.pm_timer.clone()),
         };
-        table
-            .insert(Space::Pio, timer)
-            .expect("the layout has no overlaps");
-        table
-    }
-
-    /// The machine actor's ports, by name.
-    pub fn ports(&self) -> Vec<Port<Shell>> {
-        self.devices
-            .iter()
-            .map(|placed| placed.spawned.address.connect().expect("lanes were counted"))
-            .collect()
-    }
-
-    /// Takes the threads of devices that have their own.
-    pub fn take_threads(&mut self) -> Vec<std::thread::JoinHandle<()>> {
-        self.devices
-            .iter_mut()
-            .filter_map(|placed| placed.spawned.thread.take())
-            .collect()
+        map.insert(Space::Pio, timer).expect("the layout has no overlaps");
+        map
     }
 }

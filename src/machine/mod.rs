@@ -6,12 +6,14 @@
 //! | `state.rs` | the machine's states, as a pure state machine |
 //! | `outcome.rs` | how a machine ends, and the exit status for it |
 //! | `chipset.rs` | which devices there are, where, and what they are connected to |
+//! | `dispatch.rs` | how vCPUs and the event loop reach the devices: actors, or a baseline |
 //! | `vm.rs` | the KVM side: memory slots, interrupt controllers, vCPUs before they run |
 //! | `memory.rs` | guest memory |
 //! | `cpuid.rs` | what a vCPU's CPUID says |
 
 pub mod chipset;
 pub mod cpuid;
+pub mod dispatch;
 pub mod memory;
 pub mod outcome;
 pub mod state;

@@ -17,12 +17,16 @@ pub enum RunError {
 
 /// Runs a guest's processor until it needs something. Used by one thread only, its vCPU's.
 pub trait Backend {
-    /// Runs the guest until an exit. Whatever the last exit asked for (data of a port or memory read) must have been
+    /// Runs the guest until an exit, which [`Backend::exit`] then tells. Whatever the last exit asked for (data of a port or memory read) must have been
     /// filled in.
     ///
     /// # Errors
     /// See [`RunError`].
-    fn run(&mut self) -> Result<Exit, RunError>;
+    fn run(&mut self) -> Result<(), RunError>;
+
+    /// The exit that ended the last run. Apart from [`Backend::run`], so that a discipline that takes a lock when the
+    /// guest is left takes it before the exit is looked at.
+    fn exit(&mut self) -> Exit;
 
     /// The data of the last exit, which was a port access of `length` bytes in all at `offset`. `None` when that is
     /// not inside the mapping.

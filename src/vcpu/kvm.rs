@@ -64,16 +64,21 @@ impl KvmBackend {
 
 impl Backend for KvmBackend {
     #[inline]
-    fn run(&mut self) -> Result<Exit, RunError> {
+    fn run(&mut self) -> Result<(), RunError> {
         // The crate's own decoding borrows the mapping and drops fields (a port access's width); ours is `decode`.
         match self.fd.run() {
-            Ok(_) => Ok(decode(self.fd.get_kvm_run())),
+            Ok(_) => Ok(()),
             Err(error) => Err(match error.errno() {
                 libc::EINTR => RunError::Interrupted,
                 libc::EAGAIN => RunError::Again,
                 errno => RunError::Failed(Errno::from_raw(errno)),
             }),
         }
+    }
+
+    #[inline]
+    fn exit(&mut self) -> Exit {
+        decode(self.fd.get_kvm_run())
     }
 
     #[inline]

@@ -26,7 +26,7 @@ use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use exit::{Exit, MmioExit, PioExit, SystemEvent};
 use kick::{ImmediateExit, KickHandle, KickReceiver, ThreadSignal, kick};
 use registers::Registers;
-use route::{RoutingTable, Space};
+use route::{Accesses, Bus, RoutingTable, Space};
 use std::fmt;
 
 /// What a vCPU actor receives. Bounded by [`MAILBOX`].
@@ -215,10 +215,10 @@ enum State {
 ///
 /// Owns: its backend (descriptor, mapping, registers) and its routing table. Receives: [`VcpuMessage`]. Asks:
 /// devices. Rank: vCPU. Ends: on Stop.
-pub struct Vcpu<B: Backend> {
+pub struct Vcpu<B: Backend, D: Bus = RoutingTable> {
     index: usize,
     backend: B,
-    routes: RoutingTable,
+    bus: D,
     inbox: VcpuInbox,
     news: NewsSink,
 }
@@ -226,13 +226,13 @@ pub struct Vcpu<B: Backend> {
 /// Where a vCPU's news go. Must not wait for long: it is called on the vCPU's thread.
 pub type NewsSink = Box<dyn Fn(VcpuNews) + Send>;
 
-impl<B: Backend> Vcpu<B> {
+impl<B: Backend, D: Bus> Vcpu<B, D> {
     /// A vCPU that is ready to be run.
-    pub fn new(index: usize, backend: B, routes: RoutingTable, inbox: VcpuInbox, news: NewsSink) -> Self {
+    pub fn new(index: usize, backend: B, bus: D, inbox: VcpuInbox, news: NewsSink) -> Self {
         Vcpu {
             index,
             backend,
-            routes,
+            bus,
             inbox,
             news,
         }
@@ -259,7 +259,7 @@ impl<B: Backend> Vcpu<B> {
         }
         self.inbox.kick.gone();
         drop(exit);
-        let unclaimed = self.routes.unclaimed().to_vec();
+        let unclaimed = self.bus.unclaimed();
         self.tell(VcpuEvent::Stopped(unclaimed));
     }
 
@@ -303,7 +303,7 @@ impl<B: Backend> Vcpu<B> {
             // SAFETY: see `run`. Volatile, as the handler and the kernel share it.
             unsafe { immediate_exit.write_volatile(0) };
             let next = match outcome {
-                Ok(exit) => self.handle(exit),
+                Ok(()) => self.handle(),
                 Err(RunError::Interrupted | RunError::Again) => None,
                 Err(RunError::Failed(errno)) => Some(self.give_up_with(Cause::Run(errno))),
             };
@@ -335,13 +335,13 @@ impl<B: Backend> Vcpu<B> {
     /// No access of this vCPU is half done: its posts are handled, and the exit that was handled last is completed
     /// in the guest by a run that may not enter it. [KVM api: immediate_exit]
     fn settle(&mut self) {
-        self.routes.settle();
+        self.bus.settle();
         let flag = self.backend.immediate_exit();
         // SAFETY: see `run`.
         unsafe { flag.write_volatile(1) };
         // An access that spans several exits (a string, a page crossing) goes on with its next part.
-        while let Ok(exit) = self.backend.run() {
-            if self.handle(exit).is_some() {
+        while let Ok(()) = self.backend.run() {
+            if self.handle().is_some() {
                 break;
             }
         }
@@ -349,68 +349,18 @@ impl<B: Backend> Vcpu<B> {
         unsafe { flag.write_volatile(0) };
     }
 
-    /// Handles one exit. `Some`: the vCPU does not go on running.
+    /// Handles the exit that the backend has. `Some`: the vCPU does not go on running.
     #[inline]
-    fn handle(&mut self, exit: Exit) -> Option<State> {
-        match exit {
-            Exit::Pio(pio) => self.pio(pio),
-            Exit::Mmio(mmio) => self.mmio(mmio),
-            // Nothing to inject (no device of ours bypasses the in-kernel controller), nobody to tell.
-            Exit::IrqWindowOpen | Exit::Intr | Exit::IoapicEoi { .. } => None,
+    fn handle(&mut self) -> Option<State> {
+        // What a discipline holds is held here, from before the exit is looked at until it is served, and no longer.
+        let served = serve(&mut self.backend, self.bus.exited());
+        match served {
+            Served::GoOn => None,
             // Without an in-kernel interrupt controller nothing can wake it but a message.
-            Exit::Hlt => self.halted(),
-            Exit::Shutdown => Some(self.give_up(End::TripleFault)),
-            Exit::SystemEvent(event) => Some(self.give_up(End::SystemEvent(event))),
-            Exit::Debug { .. }
-            | Exit::Unknown { .. }
-            | Exit::FailEntry { .. }
-            | Exit::InternalError(_)
-            | Exit::Other { .. }
-            | Exit::Malformed { .. } => Some(self.give_up_with(Cause::Exit(exit))),
+            Served::Halt => self.halted(),
+            Served::End(end) => Some(self.give_up(end)),
+            Served::Fail(exit) => Some(self.give_up_with(Cause::Exit(exit))),
         }
-    }
-
-    fn pio(&mut self, exit: PioExit) -> Option<State> {
-        let step = exit.width.bytes();
-        let length = step.checked_mul(exit.count as usize);
-        let Some(data) = length.and_then(|length| self.backend.pio_data(exit.data_offset, length)) else {
-            let broken = Exit::Malformed {
-                reason: kvm_bindings::KVM_EXIT_IO,
-                what: "its data is outside the mapping",
-            };
-            return self.handle(broken);
-        };
-        // String forms are so many accesses to one port, in order.
-        for element in data.chunks_exact_mut(step) {
-            match exit.direction {
-                Direction::Read => {
-                    let value = self.routes.port_in(exit.port, exit.width);
-                    element.copy_from_slice(&value.to_le_bytes()[..step]);
-                }
-                Direction::Write => {
-                    let value = match exit.width {
-                        Width::Byte => u64::from(element[0]),
-                        Width::Word => u64::from(u16::from_le_bytes([element[0], element[1]])),
-                        _ => u64::from(u32::from_le_bytes([
-                            element[0], element[1], element[2], element[3],
-                        ])),
-                    };
-                    self.routes.port_out(exit.port, exit.width, value);
-                }
-            }
-        }
-        None
-    }
-
-    fn mmio(&mut self, exit: MmioExit) -> Option<State> {
-        let length = usize::from(exit.length);
-        match exit.direction {
-            Direction::Read => self
-                .routes
-                .load(exit.address, &mut self.backend.mmio_data()[..length]),
-            Direction::Write => self.routes.store(exit.address, &exit.data[..length]),
-        }
-        None
     }
 
     /// HLT without anybody in the kernel to wake it: the vCPU sleeps on its mailbox.
@@ -433,7 +383,7 @@ impl<B: Backend> Vcpu<B> {
     }
 
     fn give_up(&mut self, end: End) -> State {
-        self.routes.settle();
+        self.bus.settle();
         self.tell(VcpuEvent::Halted(end));
         State::Waiting
     }
@@ -463,4 +413,73 @@ impl<B: Backend> Vcpu<B> {
             what,
         });
     }
+}
+
+/// What is left to do after an exit was served.
+enum Served {
+    GoOn,
+    Halt,
+    End(End),
+    Fail(Exit),
+}
+
+/// Looks at the exit and serves it, with whatever the discipline holds.
+#[inline]
+fn serve<B: Backend>(backend: &mut B, mut devices: impl Accesses) -> Served {
+    match backend.exit() {
+        Exit::Pio(pio) => serve_pio(backend, &mut devices, pio),
+        Exit::Mmio(mmio) => serve_mmio(backend, &mut devices, mmio),
+        // Nothing to inject (no device of ours bypasses the in-kernel controller), nobody to tell.
+        Exit::IrqWindowOpen | Exit::Intr | Exit::IoapicEoi { .. } => Served::GoOn,
+        Exit::Hlt => Served::Halt,
+        Exit::Shutdown => Served::End(End::TripleFault),
+        Exit::SystemEvent(event) => Served::End(End::SystemEvent(event)),
+        exit @ (Exit::Debug { .. }
+        | Exit::Unknown { .. }
+        | Exit::FailEntry { .. }
+        | Exit::InternalError(_)
+        | Exit::Other { .. }
+        | Exit::Malformed { .. }) => Served::Fail(exit),
+    }
+}
+
+#[inline]
+fn serve_pio<B: Backend>(backend: &mut B, devices: &mut impl Accesses, exit: PioExit) -> Served {
+    let step = exit.width.bytes();
+    let length = step.checked_mul(exit.count as usize);
+    let Some(data) = length.and_then(|length| backend.pio_data(exit.data_offset, length)) else {
+        return Served::Fail(Exit::Malformed {
+            reason: kvm_bindings::KVM_EXIT_IO,
+            what: "its data is outside the mapping",
+        });
+    };
+    // String forms are so many accesses to one port, in order.
+    for element in data.chunks_exact_mut(step) {
+        match exit.direction {
+            Direction::Read => {
+                let value = devices.port_in(exit.port, exit.width);
+                element.copy_from_slice(&value.to_le_bytes()[..step]);
+            }
+            Direction::Write => {
+                let value = match exit.width {
+                    Width::Byte => u64::from(element[0]),
+                    Width::Word => u64::from(u16::from_le_bytes([element[0], element[1]])),
+                    _ => u64::from(u32::from_le_bytes([
+                        element[0], element[1], element[2], element[3],
+                    ])),
+                };
+                devices.port_out(exit.port, exit.width, value);
+            }
+        }
+    }
+    Served::GoOn
+}
+
+fn serve_mmio<B: Backend>(backend: &mut B, devices: &mut impl Accesses, exit: MmioExit) -> Served {
+    let length = usize::from(exit.length);
+    match exit.direction {
+        Direction::Read => devices.load(exit.address, &mut backend.mmio_data()[..length]),
+        Direction::Write => devices.store(exit.address, &exit.data[..length]),
+    }
+    Served::GoOn
 }

@@ -6,7 +6,7 @@
 //! What nobody claims reads all-ones and ignores writes, as on a bus that nobody drives. It is counted per range
 //! and logged at a bounded rate, so a guest that scans ports cannot flood the host.
 
-use crate::actors::{Closed, Port};
+use crate::actors::Port;
 use crate::clock::Clock;
 use crate::devices::shell::{DeviceMessage, Shell};
 use crate::devices::{Access, AccessClass, Direction, Published, Width};
@@ -50,6 +50,17 @@ pub struct Route {
     pub target: Target,
 }
 
+impl Route {
+    /// What the device sees of an access to `address`, which is in this range.
+    #[inline]
+    pub fn access(&self, address: u64, width: Width) -> Access {
+        Access {
+            offset: address - self.start + self.base,
+            width,
+        }
+    }
+}
+
 /// Why a range cannot be routed.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RouteError {
@@ -62,7 +73,7 @@ pub enum RouteError {
 }
 
 /// One sorted list of routes.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Routes {
     sorted: Vec<Route>,
     last_hit: usize,
@@ -86,57 +97,142 @@ impl Routes {
         Ok(())
     }
 
-    #[inline]
-    fn find(&mut self, address: u64) -> Option<&Route> {
-        // Most accesses go where the last one went: a driver talks to one device at a time.
-        if let Some(route) = self.sorted.get(self.last_hit)
-            && route.start <= address
-            && address <= route.last
-        {
-            return self.sorted.get(self.last_hit);
-        }
+    fn search(&self, address: u64) -> Option<usize> {
         let at = self
             .sorted
             .partition_point(|route| route.start <= address)
             .checked_sub(1)?;
-        if address > self.sorted[at].last {
-            return None;
+        (address <= self.sorted[at].last).then_some(at)
+    }
+
+    #[inline]
+    fn find(&mut self, address: u64) -> Option<&Route> {
+        let hit = self.sorted.get(self.last_hit);
+        if !hit.is_some_and(|route| route.start <= address && address <= route.last) {
+            self.last_hit = self.search(address)?;
         }
-        self.last_hit = at;
-        self.sorted.get(at)
+        self.sorted.get(self.last_hit)
     }
 }
 
-/// Where a vCPU's accesses go.
-pub struct RoutingTable {
+/// What a vCPU does with its exits' accesses, whatever the discipline behind.
+pub trait Accesses {
+    /// A read of one element; all-ones where nobody answers.
+    fn read(&mut self, space: Space, address: u64, width: Width) -> u64;
+
+    /// A write of one element. Bits of `value` above the width are ignored.
+    fn write(&mut self, space: Space, address: u64, width: Width, value: u64);
+
+    /// One element of an `in`.
+    #[inline]
+    fn port_in(&mut self, port: u16, width: Width) -> u64 {
+        self.read(Space::Pio, port.into(), width)
+    }
+
+    /// One element of an `out`.
+    #[inline]
+    fn port_out(&mut self, port: u16, width: Width, value: u64) {
+        self.write(Space::Pio, port.into(), width, value);
+    }
+
+    /// A load of 1 to 8 bytes.
+    fn load(&mut self, address: u64, bytes: &mut [u8]) {
+        for (offset, width) in pieces(address, bytes.len()) {
+            let value = self
+                .read(Space::Mmio, address.wrapping_add(offset as u64), width)
+                .to_le_bytes();
+            bytes[offset..offset + width.bytes()].copy_from_slice(&value[..width.bytes()]);
+        }
+    }
+
+    /// A store of 1 to 8 bytes.
+    fn store(&mut self, address: u64, bytes: &[u8]) {
+        for (offset, width) in pieces(address, bytes.len()) {
+            let mut value = [0; 8];
+            value[..width.bytes()].copy_from_slice(&bytes[offset..offset + width.bytes()]);
+            self.write(
+                Space::Mmio,
+                address.wrapping_add(offset as u64),
+                width,
+                u64::from_le_bytes(value),
+            );
+        }
+    }
+}
+
+impl<T: Accesses> Accesses for &mut T {
+    #[inline]
+    fn read(&mut self, space: Space, address: u64, width: Width) -> u64 {
+        (**self).read(space, address, width)
+    }
+
+    #[inline]
+    fn write(&mut self, space: Space, address: u64, width: Width, value: u64) {
+        (**self).write(space, address, width, value);
+    }
+}
+
+/// A vCPU's way to the devices: one discipline of dispatch.
+pub trait Bus: Send + 'static {
+    /// What is held from the moment the guest was left until its exit was handled: nothing, or a lock.
+    type Held<'a>: Accesses
+    where
+        Self: 'a;
+
+    /// The guest was left; its exit is about to be looked at.
+    fn exited(&mut self) -> Self::Held<'_>;
+
+    /// Everything that this vCPU has posted is complete.
+    fn settle(&mut self);
+
+    /// Accesses that nobody claimed: the start of each range and how many there were. For the log at the end.
+    fn unclaimed(&self) -> Vec<(Space, u64, u64)>;
+}
+
+/// How a message gets to a device once the table has said which: what the disciplines with a table per vCPU differ
+/// in.
+pub trait Reach: Send + 'static {
+    /// Sends a read and waits for the value; `None` when the device is dead.
+    fn ask(&mut self, device: usize, access: Access) -> Option<u64>;
+
+    /// Sends a write. When it returns, an [`AccessClass::Ask`] is complete.
+    fn write(&mut self, device: usize, access: Access, value: u64, class: AccessClass);
+
+    /// Everything posted to the device is complete.
+    fn fence(&mut self, device: usize);
+}
+
+/// By messages: a port of this vCPU's own to each device.
+impl Reach for Vec<Port<Shell>> {
+    #[inline]
+    fn ask(&mut self, device: usize, access: Access) -> Option<u64> {
+        self[device].ask(DeviceMessage::Read(access)).ok()
+    }
+
+    #[inline]
+    fn write(&mut self, device: usize, access: Access, value: u64, class: AccessClass) {
+        let message = DeviceMessage::Write(access, value);
+        // A dead device takes nothing.
+        let _ = match class {
+            AccessClass::Ask => self[device].ask(message).map(|_| ()),
+            AccessClass::Post => self[device].post(message),
+        };
+    }
+
+    #[inline]
+    fn fence(&mut self, device: usize) {
+        let _ = self[device].fence();
+    }
+}
+
+/// Ranges of both spaces and who answers for them.
+#[derive(Clone, Default)]
+pub struct RouteMap {
     pio: Routes,
     mmio: Routes,
-    ports: Vec<Port<Shell>>,
-    /// The device that may still have posts of ours to handle. One at most: see [`RoutingTable::order`].
-    posted: Option<usize>,
-    clock: Clock,
-    unclaimed: Unclaimed,
 }
 
-impl RoutingTable {
-    /// An empty table.
-    pub fn new(clock: Clock, log: Logger) -> RoutingTable {
-        RoutingTable {
-            pio: Routes::default(),
-            mmio: Routes::default(),
-            ports: Vec::new(),
-            posted: None,
-            clock,
-            unclaimed: Unclaimed::new(log),
-        }
-    }
-
-    /// Adds a device and returns its number, for [`Target::Device`].
-    pub fn connect(&mut self, port: Port<Shell>) -> usize {
-        self.ports.push(port);
-        self.ports.len() - 1
-    }
-
+impl RouteMap {
     /// Routes a range.
     ///
     /// # Errors
@@ -149,96 +245,66 @@ impl RoutingTable {
         }
     }
 
-    /// One element of an `in`.
-    #[inline]
-    pub fn port_in(&mut self, port: u16, width: Width) -> u64 {
-        self.read(Space::Pio, port.into(), width)
-    }
-
-    /// One element of an `out`.
-    #[inline]
-    pub fn port_out(&mut self, port: u16, width: Width, value: u64) {
-        self.write(Space::Pio, port.into(), width, value);
-    }
-
-    /// A load of 1 to 8 bytes.
-    pub fn load(&mut self, address: u64, bytes: &mut [u8]) {
-        for (offset, width) in pieces(address, bytes.len()) {
-            let value = self
-                .read(Space::Mmio, address.wrapping_add(offset as u64), width)
-                .to_le_bytes();
-            bytes[offset..offset + width.bytes()].copy_from_slice(&value[..width.bytes()]);
-        }
-    }
-
-    /// A store of 1 to 8 bytes.
-    pub fn store(&mut self, address: u64, bytes: &[u8]) {
-        for (offset, width) in pieces(address, bytes.len()) {
-            let mut value = [0; 8];
-            value[..width.bytes()].copy_from_slice(&bytes[offset..offset + width.bytes()]);
-            self.write(
-                Space::Mmio,
-                address.wrapping_add(offset as u64),
-                width,
-                u64::from_le_bytes(value),
-            );
-        }
-    }
-
-    fn read(&mut self, space: Space, address: u64, width: Width) -> u64 {
+    /// The route of an address, by search alone.
+    pub fn search(&self, space: Space, address: u64) -> Option<&Route> {
         let routes = match space {
-            Space::Pio => &mut self.pio,
-            Space::Mmio => &mut self.mmio,
+            Space::Pio => &self.pio,
+            Space::Mmio => &self.mmio,
         };
-        let Some(route) = routes.find(address) else {
-            self.unclaimed.note(space, address, width, Direction::Read);
-            return width.all_ones();
-        };
-        let access = Access {
-            offset: address - route.start + route.base,
-            width,
-        };
-        match &route.target {
-            Target::Device { device, .. } => {
-                let device = *device;
-                self.order(device);
-                match self.ports[device].ask(DeviceMessage::Read(access)) {
-                    Ok(value) => value & width.all_ones(),
-                    // A dead device drives nothing.
-                    Err(Closed) => width.all_ones(),
-                }
-            }
-            // No message, no count of references: nothing shared is written.
-            Target::Published(word) => word.read(access, self.clock.now()) & width.all_ones(),
+        routes.search(address).map(|at| &routes.sorted[at])
+    }
+
+    /// The same, remembering the last one: most accesses go where the one before went.
+    #[inline]
+    pub fn find(&mut self, space: Space, address: u64) -> Option<&Route> {
+        match space {
+            Space::Pio => self.pio.find(address),
+            Space::Mmio => self.mmio.find(address),
+        }
+    }
+}
+
+/// Where a vCPU's accesses go: its own table, and its own way to each device.
+pub struct RoutingTable<R: Reach = Vec<Port<Shell>>> {
+    routes: RouteMap,
+    reach: R,
+    /// The device that may still have posts of ours to handle. One at most: see [`RoutingTable::order`].
+    posted: Option<usize>,
+    clock: Clock,
+    unclaimed: Unclaimed,
+}
+
+impl RoutingTable {
+    /// An empty table.
+    pub fn new(clock: Clock, log: Logger) -> RoutingTable {
+        RoutingTable::with(RouteMap::default(), Vec::new(), clock, log)
+    }
+
+    /// Adds a device and returns its number, for [`Target::Device`].
+    pub fn connect(&mut self, port: Port<Shell>) -> usize {
+        self.reach.push(port);
+        self.reach.len() - 1
+    }
+}
+
+impl<R: Reach> RoutingTable<R> {
+    /// A table with these routes, whose devices are reached so.
+    pub fn with(routes: RouteMap, reach: R, clock: Clock, log: Logger) -> Self {
+        RoutingTable {
+            routes,
+            reach,
+            posted: None,
+            clock,
+            unclaimed: Unclaimed::new(log),
         }
     }
 
-    fn write(&mut self, space: Space, address: u64, width: Width, value: u64) {
-        let routes = match space {
-            Space::Pio => &mut self.pio,
-            Space::Mmio => &mut self.mmio,
-        };
-        let Some(route) = routes.find(address) else {
-            self.unclaimed.note(space, address, width, Direction::Write);
-            return;
-        };
-        let access = Access {
-            offset: address - route.start + route.base,
-            width,
-        };
-        let Target::Device { device, classify } = route.target else {
-            return;
-        };
-        self.order(device);
-        let message = DeviceMessage::Write(access, value & width.all_ones());
-        // A dead device takes nothing.
-        let _ = match classify(access, Direction::Write) {
-            AccessClass::Ask => self.ports[device].ask(message).map(|_| ()),
-            AccessClass::Post => {
-                self.posted = Some(device);
-                self.ports[device].post(message)
-            }
-        };
+    /// Routes a range.
+    ///
+    /// # Errors
+    /// See [`RouteError`].
+    pub fn insert(&mut self, space: Space, route: Route) -> Result<(), RouteError> {
+        self.routes.insert(space, route)
     }
 
     /// Keeps the guest's own order: what this vCPU posted to one device is complete before it reaches another, or
@@ -248,21 +314,69 @@ impl RoutingTable {
         if let Some(posted) = self.posted
             && posted != device
         {
-            let _ = self.ports[posted].fence();
+            self.reach.fence(posted);
             self.posted = None;
         }
     }
+}
 
-    /// Everything this vCPU has posted is complete.
-    pub fn settle(&mut self) {
-        if let Some(posted) = self.posted.take() {
-            let _ = self.ports[posted].fence();
+impl<R: Reach> Accesses for RoutingTable<R> {
+    #[inline]
+    fn read(&mut self, space: Space, address: u64, width: Width) -> u64 {
+        let Some(route) = self.routes.find(space, address) else {
+            self.unclaimed.note(space, address, width, Direction::Read);
+            return width.all_ones();
+        };
+        let access = route.access(address, width);
+        match &route.target {
+            Target::Device { device, .. } => {
+                let device = *device;
+                self.order(device);
+                // A dead device drives nothing.
+                self.reach
+                    .ask(device, access)
+                    .map_or(width.all_ones(), |value| value & width.all_ones())
+            }
+            // No message, no count of references: nothing shared is written.
+            Target::Published(word) => word.read(access, self.clock.now()) & width.all_ones(),
         }
     }
 
-    /// How many accesses nobody claimed, by the start of their range: for the log at the end.
-    pub fn unclaimed(&self) -> &[(Space, u64, u64)] {
-        &self.unclaimed.counts
+    #[inline]
+    fn write(&mut self, space: Space, address: u64, width: Width, value: u64) {
+        let Some(route) = self.routes.find(space, address) else {
+            self.unclaimed.note(space, address, width, Direction::Write);
+            return;
+        };
+        let access = route.access(address, width);
+        let Target::Device { device, classify } = route.target else {
+            return;
+        };
+        self.order(device);
+        let class = classify(access, Direction::Write);
+        if class == AccessClass::Post {
+            self.posted = Some(device);
+        }
+        self.reach.write(device, access, value & width.all_ones(), class);
+    }
+}
+
+impl<R: Reach> Bus for RoutingTable<R> {
+    type Held<'a> = &'a mut RoutingTable<R>;
+
+    #[inline]
+    fn exited(&mut self) -> &mut RoutingTable<R> {
+        self
+    }
+
+    fn settle(&mut self) {
+        if let Some(posted) = self.posted.take() {
+            self.reach.fence(posted);
+        }
+    }
+
+    fn unclaimed(&self) -> Vec<(Space, u64, u64)> {
+        self.unclaimed.counts.clone()
     }
 }
 
@@ -296,16 +410,16 @@ const LOG_BURST: u32 = 8;
 const LOG_REFILL: Duration = Duration::from_secs(10);
 
 /// Counts accesses to nowhere.
-struct Unclaimed {
+pub(crate) struct Unclaimed {
     log: Logger,
     /// (space, start of the range, count): 16 ports or 4 KiB a range.
-    counts: Vec<(Space, u64, u64)>,
+    pub(crate) counts: Vec<(Space, u64, u64)>,
     lines_left: u32,
     refilled: Option<Instant>,
 }
 
 impl Unclaimed {
-    fn new(log: Logger) -> Unclaimed {
+    pub(crate) fn new(log: Logger) -> Unclaimed {
         Unclaimed {
             log,
             counts: Vec::new(),
@@ -315,7 +429,7 @@ impl Unclaimed {
     }
 
     #[cold]
-    fn note(&mut self, space: Space, address: u64, width: Width, direction: Direction) {
+    pub(crate) fn note(&mut self, space: Space, address: u64, width: Width, direction: Direction) {
         let range = match space {
             Space::Pio => address & !0xf,
             Space::Mmio => address & !0xfff,

@@ -94,6 +94,7 @@ pub struct ScriptedBackend<S: Source> {
     pio: Vec<u8>,
     mmio: [u8; 8],
     halted: bool,
+    exit: Exit,
 }
 
 impl<S: Source> ScriptedBackend<S> {
@@ -106,6 +107,7 @@ impl<S: Source> ScriptedBackend<S> {
             pio: Vec::new(),
             mmio: [0; 8],
             halted: false,
+            exit: Exit::Intr,
         }
     }
 
@@ -131,7 +133,7 @@ impl<S: Source> ScriptedBackend<S> {
 }
 
 impl<S: Source> Backend for ScriptedBackend<S> {
-    fn run(&mut self) -> Result<Exit, RunError> {
+    fn run(&mut self) -> Result<(), RunError> {
         self.complete();
         if self.immediate_exit.load(Ordering::Relaxed) != 0 {
             return Err(RunError::Interrupted);
@@ -146,7 +148,7 @@ impl<S: Source> Backend for ScriptedBackend<S> {
             self.halted = true;
             return self.run();
         };
-        let exit = match &step {
+        self.exit = match &step {
             Step::Out { port, width, values } => {
                 self.pio.clear();
                 for value in values {
@@ -197,7 +199,11 @@ impl<S: Source> Backend for ScriptedBackend<S> {
             Step::Fail(error) => return Err(*error),
         };
         self.pending = Some(step);
-        Ok(exit)
+        Ok(())
+    }
+
+    fn exit(&mut self) -> Exit {
+        self.exit
     }
 
     fn pio_data(&mut self, offset: u64, length: usize) -> Option<&mut [u8]> {
@@ -441,13 +447,11 @@ mod tests {
     fn reads_are_reported_and_checked() {
         let (script, seen) = Script::new(Script::parse("in 3f8 1 7\nread 0 2 9").unwrap());
         let mut backend = ScriptedBackend::new(script);
-        let Ok(Exit::Pio(exit)) = backend.run() else {
-            panic!()
-        };
+        backend.run().unwrap();
+        let Exit::Pio(exit) = backend.exit() else { panic!() };
         backend.pio_data(exit.data_offset, 1).unwrap()[0] = 7;
-        let Ok(Exit::Mmio(_)) = backend.run() else {
-            panic!()
-        };
+        backend.run().unwrap();
+        assert!(matches!(backend.exit(), Exit::Mmio(_)));
         *backend.mmio_data() = [8, 0, 0xff, 0, 0, 0, 0, 0];
         // SAFETY: the byte belongs to the backend, which lives.
         unsafe { *backend.immediate_exit() = 1 };

@@ -1,0 +1,111 @@
+//! `channel`: actors out of a textbook. A thread a device; a request goes to it over a channel that carries the
+//! way back for the reply.
+
+use crate::actors::Actor;
+use crate::devices::shell::{DeviceMessage, Shell};
+use crate::devices::{Access, AccessClass};
+use crate::host::events::{Deliver, Gate};
+use crate::vcpu::route::Reach;
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use std::hint::spin_loop;
+
+/// Requests that wait for one device: as many as a lane of ours has, for the comparison's sake.
+const REQUESTS: usize = 32;
+
+/// How long an asker looks for its reply before it sleeps, if it was told to spin.
+const SPINS: u32 = 2000;
+
+/// A message, and where the reply goes if one is wanted.
+struct Request {
+    message: DeviceMessage,
+    reply: Option<Sender<u64>>,
+}
+
+/// Where requests for one device go.
+#[derive(Clone)]
+pub struct ChannelAddress(Sender<Request>);
+
+/// Starts a device's thread. It ends when all senders are gone.
+///
+/// # Errors
+/// When the host gives no more threads.
+pub fn start(mut shell: Shell, name: &str) -> std::io::Result<ChannelAddress> {
+    let (sender, requests): (_, Receiver<Request>) = bounded(REQUESTS);
+    crate::thread::spawn(format!("dev:{name}"), move || {
+        for Request { message, reply } in requests {
+            let value = shell.handle(message);
+            if let Some(reply) = reply {
+                // An asker that is gone does not care.
+                let _ = reply.send(value);
+            }
+        }
+    })?;
+    Ok(ChannelAddress(sender))
+}
+
+/// A vCPU's way to all devices.
+pub struct ChannelReach {
+    devices: Vec<ChannelAddress>,
+    reply: Sender<u64>,
+    replies: Receiver<u64>,
+    spin: bool,
+}
+
+impl ChannelReach {
+    /// For one vCPU. `spin`: look for a while before sleeping.
+    pub fn new(devices: Vec<ChannelAddress>, spin: bool) -> ChannelReach {
+        // One ask at a time.
+        let (reply, replies) = bounded(1);
+        ChannelReach { devices, reply, replies, spin }
+    }
+
+    fn call(&mut self, device: usize, message: DeviceMessage) -> Option<u64> {
+        self.devices[device].0.send(Request { message, reply: Some(self.reply.clone()) }).ok()?;
+        if self.spin {
+            for _ in 0..SPINS {
+                if let Ok(value) = self.replies.try_recv() {
+                    return Some(value);
+                }
+                spin_loop();
+            }
+        }
+        self.replies.recv().ok()
+    }
+}
+
+impl Reach for ChannelReach {
+    fn ask(&mut self, device: usize, access: Access) -> Option<u64> {
+        self.call(device, DeviceMessage::Read(access))
+    }
+
+    fn write(&mut self, device: usize, access: Access, value: u64, class: AccessClass) {
+        let message = DeviceMessage::Write(access, value);
+        match class {
+            AccessClass::Ask => {
+                self.call(device, message);
+            }
+            AccessClass::Post => {
+                let _ = self.devices[device].0.send(Request { message, reply: None });
+            }
+        }
+    }
+
+    fn fence(&mut self, device: usize) {
+        // A lifecycle event that no device acts on: when its reply is there, what came before was handled.
+        self.call(device, DeviceMessage::Lifecycle(crate::actors::Lifecycle::Start));
+    }
+}
+
+/// The event loop's way to the devices.
+impl Gate for Vec<ChannelAddress> {
+    fn with(&mut self, work: &mut dyn FnMut(&mut dyn Deliver)) {
+        work(self);
+    }
+}
+
+impl Deliver for Vec<ChannelAddress> {
+    fn try_send(&mut self, device: usize, message: DeviceMessage) -> bool {
+        let sent = self[device].0.try_send(Request { message, reply: None });
+        !matches!(sent, Err(TrySendError::Full(_)))
+    }
+}

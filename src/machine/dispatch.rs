@@ -1,0 +1,329 @@
+//! The disciplines of dispatch: how vCPUs and the event loop reach the devices of a machine.
+//!
+//! `actor` is what this program is for. The others are baselines, around the same devices in the same machine; see
+//! [`crate::baselines`].
+
+use super::MachineMessage;
+use super::chipset::{Chipset, Wired};
+use crate::actors::{Address, Lifecycle, Placement, PlacementKind, Pool, Port, Spawned};
+use crate::baselines::big_lock::{self, BigLockBus, BigLockGate};
+use crate::baselines::channel::{self, ChannelAddress, ChannelReach};
+use crate::baselines::device_lock::{DeviceLockBus, DeviceLockGate, Devices};
+use crate::baselines::mutex::Mutex;
+use crate::clock::Clock;
+use crate::devices::shell::{DeviceMessage, Shell};
+use crate::host::events::{Deliver, Gate};
+use crate::vcpu::route::{Bus, RouteMap, RoutingTable};
+use crossbeam_channel::Sender;
+use slog::Logger;
+use std::fmt;
+use std::io;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+/// What `--dispatch` says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Hash)]
+pub enum Dispatch {
+    /// Messages to actors with a run token.
+    #[default]
+    Actor,
+    /// A thread a device, and channels. `spin`: an asker looks for its reply before it sleeps.
+    Channel {
+        /// Whether to look before sleeping.
+        spin: bool,
+    },
+    /// An RwLock around the table, a mutex around each device.
+    DeviceLock(MutexKind),
+    /// One mutex around everything.
+    BigLock(MutexKind),
+}
+
+/// Whose mutex a lock baseline uses.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Hash)]
+pub enum MutexKind {
+    /// `std::sync::Mutex`.
+    #[default]
+    Std,
+    /// `parking_lot::Mutex`.
+    ParkingLot,
+}
+
+impl Dispatch {
+    /// All of them, for benches and tests.
+    pub const ALL: [Dispatch; 7] = [
+        Dispatch::Actor,
+        Dispatch::Channel { spin: false },
+        Dispatch::Channel { spin: true },
+        Dispatch::DeviceLock(MutexKind::Std),
+        Dispatch::DeviceLock(MutexKind::ParkingLot),
+        Dispatch::BigLock(MutexKind::Std),
+        Dispatch::BigLock(MutexKind::ParkingLot),
+    ];
+}
+
+impl fmt::Display for Dispatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Dispatch::Actor => "actor",
+            Dispatch::Channel { spin: false } => "channel",
+            Dispatch::Channel { spin: true } => "channel:spin",
+            Dispatch::DeviceLock(MutexKind::Std) => "device-lock",
+            Dispatch::DeviceLock(MutexKind::ParkingLot) => "device-lock:parking_lot",
+            Dispatch::BigLock(MutexKind::Std) => "big-lock",
+            Dispatch::BigLock(MutexKind::ParkingLot) => "big-lock:parking_lot",
+        })
+    }
+}
+
+impl FromStr for Dispatch {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let found = Dispatch::ALL.into_iter().find(|dispatch| dispatch.to_string() == text);
+        found.ok_or_else(|| {
+            let all = Dispatch::ALL.map(|dispatch| dispatch.to_string()).join(", ");
+            format!("'{text}' is not a discipline of dispatch; there are {all}")
+        })
+    }
+}
+
+/// A discipline that has taken the devices of a machine.
+pub trait Discipline {
+    /// What a vCPU gets.
+    type Bus: Bus;
+
+    /// A vCPU's way to the devices.
+    fn bus(&self, log: Logger) -> Self::Bus;
+
+    /// The event loop's.
+    fn gate(&self) -> Box<dyn Gate>;
+
+    /// The machine actor's.
+    fn control(&mut self) -> Box<dyn Control>;
+}
+
+/// What the machine actor can do to all devices at once. It never waits for one.
+pub trait Control {
+    /// Tells all devices about the machine's life.
+    fn tell(&mut self, event: Lifecycle);
+
+    /// Ends all devices, after what was said before. `join`: nobody can be stuck in one, so wait for their threads.
+    fn stop(&mut self, join: bool);
+}
+
+/// How many threads a pool has. Register handlers are short; what blocks has a thread of its own elsewhere.
+const POOL_THREADS: usize = 2;
+
+/// Lanes of a device beside the vCPUs': the machine actor's and the event loop's.
+const OTHER_LANES: usize = 2;
+
+/// `actor`.
+pub struct Actors {
+    devices: Vec<Spawned<Shell>>,
+    routes: RouteMap,
+    clock: Clock,
+}
+
+impl Actors {
+    /// Starts an actor for each device. `vcpus` will connect; deaths are told to `machine`.
+    ///
+    /// # Errors
+    /// When the host cannot start a thread.
+    pub fn new(
+        chipset: Chipset,
+        vcpus: usize,
+        placements: &[(String, PlacementKind)],
+        machine: &Sender<MachineMessage>,
+    ) -> io::Result<Actors> {
+        let routes = chipset.routes();
+        let mut pool = None;
+        let mut devices = Vec::with_capacity(chipset.devices.len());
+        for Wired { shell, name, .. } in chipset.devices {
+            let wanted = placements.iter().rev().find(|(wanted, _)| wanted == name);
+            let placement = match wanted.map_or(PlacementKind::default(), |(_, kind)| *kind) {
+                PlacementKind::Handoff => Placement::Handoff,
+                PlacementKind::Thread => Placement::Thread,
+                PlacementKind::Pool => Placement::Pool(match &pool {
+                    Some(pool) => Pool::clone(pool),
+                    None => pool.insert(Pool::new(POOL_THREADS)?).clone(),
+                }),
+            };
+            let machine = machine.clone();
+            let on_death = move |obituary| drop(machine.try_send(MachineMessage::Died(obituary)));
+            devices.push(Address::spawn(shell, name, placement, vcpus + OTHER_LANES, on_death)?);
+        }
+        Ok(Actors { devices, routes, clock: chipset.clock })
+    }
+
+    fn ports(&self) -> Vec<Port<Shell>> {
+        self.devices.iter().map(|device| device.address.connect().expect("lanes were counted")).collect()
+    }
+}
+
+impl Discipline for Actors {
+    type Bus = RoutingTable;
+
+    fn bus(&self, log: Logger) -> RoutingTable {
+        RoutingTable::with(self.routes.clone(), self.ports(), self.clock.clone(), log)
+    }
+
+    fn gate(&self) -> Box<dyn Gate> {
+        Box::new(self.ports())
+    }
+
+    fn control(&mut self) -> Box<dyn Control> {
+        let threads = self.devices.iter_mut().filter_map(|device| device.thread.take()).collect();
+        Box::new(ActorControl { ports: self.ports(), threads })
+    }
+}
+
+struct ActorControl {
+    ports: Vec<Port<Shell>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Control for ActorControl {
+    fn tell(&mut self, event: Lifecycle) {
+        for port in &mut self.ports {
+            let _ = port.try_post(DeviceMessage::Lifecycle(event));
+        }
+    }
+
+    fn stop(&mut self, join: bool) {
+        for port in &mut self.ports {
+            port.stop_later();
+        }
+        for thread in self.threads.drain(..).filter(|_| join) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// `channel`.
+pub struct Channels {
+    devices: Vec<ChannelAddress>,
+    routes: RouteMap,
+    clock: Clock,
+    spin: bool,
+}
+
+impl Channels {
+    /// Starts a thread for each device.
+    ///
+    /// # Errors
+    /// When the host cannot start one.
+    pub fn new(chipset: Chipset, spin: bool) -> io::Result<Channels> {
+        let routes = chipset.routes();
+        let devices = chipset.devices.into_iter().map(|wired| channel::start(wired.shell, wired.name));
+        Ok(Channels { devices: devices.collect::<io::Result<_>>()?, routes, clock: chipset.clock, spin })
+    }
+}
+
+impl Discipline for Channels {
+    type Bus = RoutingTable<ChannelReach>;
+
+    fn bus(&self, log: Logger) -> Self::Bus {
+        let reach = ChannelReach::new(self.devices.clone(), self.spin);
+        RoutingTable::with(self.routes.clone(), reach, self.clock.clone(), log)
+    }
+
+    fn gate(&self) -> Box<dyn Gate> {
+        Box::new(self.devices.clone())
+    }
+
+    fn control(&mut self) -> Box<dyn Control> {
+        // The threads end when all who could send are gone.
+        Box::new(GateControl { count: self.devices.len(), gate: self.gate() })
+    }
+}
+
+/// `device-lock`.
+pub struct DeviceLocks<M>(Arc<Devices<M>>, usize);
+
+impl<M: Mutex<Shell>> DeviceLocks<M> {
+    /// Takes the devices.
+    pub fn new(chipset: Chipset) -> Self {
+        let (routes, clock) = (chipset.routes(), chipset.clock.clone());
+        let shells: Vec<Shell> = chipset.devices.into_iter().map(|wired| wired.shell).collect();
+        let count = shells.len();
+        DeviceLocks(Arc::new(Devices::new(shells, routes, clock)), count)
+    }
+}
+
+impl<M: Mutex<Shell>> Discipline for DeviceLocks<M> {
+    type Bus = DeviceLockBus<M>;
+
+    fn bus(&self, log: Logger) -> Self::Bus {
+        DeviceLockBus::new(self.0.clone(), log)
+    }
+
+    fn gate(&self) -> Box<dyn Gate> {
+        Box::new(DeviceLockGate(self.0.clone()))
+    }
+
+    fn control(&mut self) -> Box<dyn Control> {
+        Box::new(GateControl { count: self.1, gate: self.gate() })
+    }
+}
+
+/// `big-lock`.
+pub struct BigLock<M>(Arc<M>, usize);
+
+impl<M: Mutex<big_lock::Machine>> BigLock<M> {
+    /// Takes the devices.
+    pub fn new(chipset: Chipset) -> Self {
+        let (routes, clock) = (chipset.routes(), chipset.clock.clone());
+        let shells: Vec<Shell> = chipset.devices.into_iter().map(|wired| wired.shell).collect();
+        let count = shells.len();
+        BigLock(Arc::new(M::new(big_lock::Machine::new(shells, routes, clock))), count)
+    }
+}
+
+impl<M: Mutex<big_lock::Machine>> Discipline for BigLock<M> {
+    type Bus = BigLockBus<M>;
+
+    fn bus(&self, log: Logger) -> Self::Bus {
+        BigLockBus::new(self.0.clone(), log)
+    }
+
+    fn gate(&self) -> Box<dyn Gate> {
+        Box::new(BigLockGate(self.0.clone()))
+    }
+
+    fn control(&mut self) -> Box<dyn Control> {
+        Box::new(GateControl { count: self.1, gate: self.gate() })
+    }
+}
+
+/// Through a gate: for disciplines whose devices have no end of their own.
+struct GateControl {
+    count: usize,
+    gate: Box<dyn Gate>,
+}
+
+impl Control for GateControl {
+    fn tell(&mut self, event: Lifecycle) {
+        let count = self.count;
+        self.gate.with(&mut |devices: &mut dyn Deliver| {
+            for device in 0..count {
+                devices.try_send(device, DeviceMessage::Lifecycle(event));
+            }
+        });
+    }
+
+    fn stop(&mut self, _join: bool) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_distinct_and_parse() {
+        for dispatch in Dispatch::ALL {
+            assert_eq!(dispatch.to_string().parse(), Ok(dispatch));
+        }
+        assert!("lock".parse::<Dispatch>().unwrap_err().contains("there are actor, channel"));
+    }
+}
