@@ -74,7 +74,6 @@ impl CharacterEnd {
     pub fn transmit(&mut self, byte: u8) -> bool {
         if self.output.push(byte).is_err() {
             self.flags.dropped.fetch_add(1, Ordering::Relaxed);
-            return false;
         }
         fence(Ordering::SeqCst);
         if self.flags.loop_rests.load(Ordering::Relaxed)
@@ -122,10 +121,12 @@ impl HostEnd {
         !self.output.is_empty()
     }
 
-    /// Whether the device waits to be told that there is room. Answers `true` once a wish.
+    /// Whether the device waits to be told that there is room, and there is: half a ring, or a slow reader would cost
+    /// a message a byte. Answers `true` once a wish.
     pub fn wants_output_ready(&self) -> bool {
         fence(Ordering::SeqCst);
         self.flags.output_wanted.load(Ordering::Relaxed)
+            && self.output.slots() <= RING_BYTES / 2
             && self.flags.output_wanted.swap(false, Ordering::Relaxed)
     }
 
