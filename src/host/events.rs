@@ -47,6 +47,8 @@ pub enum HostEvent {
     Signal(i32),
     /// Somebody typed Ctrl-A x.
     Quit,
+    /// The event loop panicked: a bug of ours.
+    Died,
 }
 
 /// What the machine tells the event loop.
@@ -165,6 +167,15 @@ struct Running {
     inbox: Receiver<Order>,
     /// Stopping: until when.
     until: Option<Instant>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Without it no signal would be heard, and nothing could end the machine but SIGKILL.
+        if std::thread::panicking() {
+            (self.machine)(HostEvent::Died);
+        }
+    }
 }
 
 impl Running {
@@ -395,7 +406,7 @@ impl Line {
                 for byte in &bytes[..length] {
                     match self.escape.feed(*byte, &mut self.typed) {
                         Some(Command::Quit) => machine(HostEvent::Quit),
-                        Some(Command::Help) => hostlog::print(HELP.trim_end()),
+                        Some(Command::Help) => print_help(),
                         None => {}
                     }
                 }
@@ -437,6 +448,13 @@ impl Line {
             }
         }
     }
+}
+
+/// The terminal may not take it now, and the event loop must not wait for it.
+fn print_help() {
+    let print = || hostlog::print(HELP.trim_end());
+    // A host without threads shows no help.
+    let _ = std::thread::Builder::new().name("help".into()).spawn(print);
 }
 
 /// The terminal is raw while the guest has it.

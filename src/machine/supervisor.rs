@@ -420,6 +420,7 @@ impl Machine {
             MachineMessage::Device(MachineRequest::GuestPanic) => Some(Outcome::GuestPanic),
             MachineMessage::Host(HostEvent::Signal(signal)) => Some(Outcome::Signal(signal)),
             MachineMessage::Host(HostEvent::Quit) => Some(Outcome::Quit),
+            MachineMessage::Host(HostEvent::Died) => Some(Outcome::EventLoopDied),
             MachineMessage::Died(obituary) => {
                 error!(
                     self.log,
