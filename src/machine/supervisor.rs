@@ -165,6 +165,7 @@ impl InterruptLine for Unwired {
 pub fn run(config: &MachineConfig, log: &Logger) -> Result<Outcome, StartError> {
     config.check()?;
     // What can be wrong with the user's files is found before the host is asked for anything.
+    memory::check_host(&config.memory)?;
     let memory = memory::create(&config.memory)?;
     let topology = Topology::flat(config.cpus as u32);
     let entry = load(&memory, config, &topology, log)?;
