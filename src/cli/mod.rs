@@ -259,10 +259,12 @@ pub fn main() -> ExitCode {
             return ExitCode::from(status);
         }
     };
-    ExitCode::from(match cli.command {
+    let status = std::panic::catch_unwind(|| match cli.command {
         Command::Run(run) => run.run(),
         Command::Doctor => doctor::run(),
-    })
+    });
+    // The hook has told what happened.
+    ExitCode::from(status.unwrap_or(status::INTERNAL_ERROR))
 }
 
 #[cfg(test)]

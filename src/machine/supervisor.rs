@@ -248,7 +248,12 @@ where
     let started = machine.start_vcpus(backends, &chipset, &sender);
     drop(sender);
     let outcome = match started {
-        Ok(()) => machine.supervise(),
+        Ok(()) => {
+            // Not earlier: an error is the only line then.
+            info!(log, "the guest starts"; "cpus" => config.cpus,
+                "memory" => memory::human(config.memory.size_bytes));
+            machine.supervise()
+        }
         Err(error) => {
             machine.stop(OUTPUT_LIMIT);
             return Err(error.into());
@@ -299,8 +304,7 @@ fn load(
             *entry
         }
     };
-    info!(log, "guest loaded"; "ms" => begin.elapsed().as_millis(), "entry" => format!("{entry:x?}"),
-        "cpus" => config.cpus, "memory" => memory::human(config.memory.size_bytes));
+    debug!(log, "guest loaded"; "ms" => begin.elapsed().as_millis(), "entry" => format!("{entry:x?}"));
     Ok(entry)
 }
 
