@@ -209,13 +209,27 @@ mod tests {
         }
         assert_eq!(sent + 1, RING_BYTES);
         assert_eq!(host.dropped(), 0);
+        host.output().commit(RING_BYTES / 2 - 1);
+        assert!(!host.wants_output_ready(), "hardly any room yet");
+        host.output().commit(1);
         assert!(host.wants_output_ready());
-        assert!(!host.wants_output_ready());
-        let chunk = host.output();
-        let taken = chunk.len();
-        chunk.commit_all();
-        assert_eq!(taken, RING_BYTES);
+        assert!(!host.wants_output_ready(), "told once");
         assert!(device.transmit(0));
+    }
+
+    #[test]
+    fn a_device_that_sends_without_room_is_told_all_the_same() {
+        let (mut device, mut host, _) = ends();
+        while device.transmit(0) {}
+        host.output().commit(RING_BYTES);
+        assert!(host.wants_output_ready());
+        for _ in 0..RING_BYTES {
+            device.transmit(0);
+        }
+        assert!(!device.transmit(1));
+        assert_eq!(host.dropped(), 1);
+        host.output().commit(RING_BYTES);
+        assert!(host.wants_output_ready());
     }
 
     #[test]
