@@ -277,6 +277,14 @@ impl Chipset {
             .collect()
     }
 
+    /// To see which devices have ended.
+    pub fn addresses(&self) -> Vec<Address<Shell>> {
+        self.devices
+            .iter()
+            .map(|placed| placed.spawned.address.clone())
+            .collect()
+    }
+
     /// Takes the threads of devices that have their own.
     pub fn take_threads(&mut self) -> Vec<std::thread::JoinHandle<()>> {
         self.devices

@@ -10,7 +10,7 @@ use super::outcome::Outcome;
 use super::state::{State, Transition};
 use super::vm::{Vm, VmError};
 use super::{MachineMessage, cpuid::Topology};
-use crate::actors::{Lifecycle, PlacementKind, Port};
+use crate::actors::{Address, Lifecycle, PlacementKind, Port};
 use crate::boot::layout;
 use crate::boot::{self, AcpiConfig, BootConfig, BootError, EntryPoint};
 use crate::clock::Clock;
@@ -36,6 +36,8 @@ const MAILBOX: usize = 2048;
 
 /// How long vCPUs may take to end before they are given up and named.
 const VCPU_LIMIT: Duration = Duration::from_millis(500);
+/// How long devices may take to end after that before they are named.
+const DEVICE_LIMIT: Duration = Duration::from_millis(100);
 /// How long the guest's last output may take to be written.
 const OUTPUT_LIMIT: Duration = Duration::from_millis(300);
 /// The same when the guest ended by itself: whoever reads may be slow, and nothing shall be lost.
@@ -240,6 +242,7 @@ where
         mailbox,
         vcpus: Vec::new(),
         devices: chipset.ports(),
+        addresses: chipset.addresses(),
         device_threads: chipset.take_threads(),
         event_loop,
         deadline: config.timeout.map(|limit| Instant::now() + limit),
@@ -314,6 +317,7 @@ struct Machine {
     mailbox: Receiver<MachineMessage>,
     vcpus: Vec<RunningVcpu>,
     devices: Vec<Port<Shell>>,
+    addresses: Vec<Address<Shell>>,
     device_threads: Vec<std::thread::JoinHandle<()>>,
     event_loop: EventLoopHandle,
     deadline: Option<Instant>,
@@ -518,7 +522,25 @@ impl Machine {
             for thread in self.device_threads.drain(..) {
                 let _ = thread.join();
             }
+        } else {
+            self.name_stuck_devices();
         }
         self.go(Transition::Stopped);
+    }
+
+    /// A vCPU that does not end waits for a device whose turn does not: the one that does not take its own stop.
+    fn name_stuck_devices(&self) {
+        let deadline = Instant::now() + DEVICE_LIMIT;
+        let stuck = || self.addresses.iter().filter(|address| !address.is_closed());
+        while stuck().next().is_some() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        for device in stuck() {
+            warn!(
+                self.log,
+                "device {} is stuck in an access and is left behind; this is a bug",
+                device.name()
+            );
+        }
     }
 }
