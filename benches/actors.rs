@@ -9,7 +9,7 @@ use actor_vmm::clock::Clock;
 use actor_vmm::devices::acpi_pm::PmTimer;
 use actor_vmm::devices::shell::{Shell, Surroundings};
 use actor_vmm::devices::{Access, AccessClass, Context, Device, Direction, Width};
-use actor_vmm::vcpu::route::{Route, RoutingTable, Space, Target};
+use actor_vmm::vcpu::route::{Accesses, Route, RoutingTable, Space, Target};
 use criterion::{Criterion, criterion_group, criterion_main};
 use std::hint::black_box;
 use std::sync::{Arc, Mutex};

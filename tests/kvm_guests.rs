@@ -9,6 +9,7 @@ use actor_vmm::guests::cases::{self, CASES, PASSED};
 use actor_vmm::guests::probes::INSTRUCTIONS;
 use actor_vmm::host::console::ConsoleKind;
 use actor_vmm::machine::cpuid::Topology;
+use actor_vmm::machine::dispatch::Dispatch;
 use actor_vmm::machine::memory::{self, Backing, MemoryConfig};
 use actor_vmm::machine::outcome::Outcome;
 use actor_vmm::machine::supervisor::{self, Guest, MachineConfig, Unwired};
@@ -395,6 +396,7 @@ fn machine_of_one(name: &str, irqchip: bool) -> (Vm, kvm_ioctls::VcpuFd, Machine
             size_bytes: memory::MIN_BYTES,
             backing: Backing::Memfd,
         },
+        dispatch: Dispatch::Actor,
         placements: Vec::new(),
         console: ConsoleKind::Off,
         debug_console: ConsoleKind::Off,

@@ -20,7 +20,11 @@ pub struct Machine {
 impl Machine {
     /// All devices, and the ranges that lead to them.
     pub fn new(devices: Vec<Shell>, routes: RouteMap, clock: Clock) -> Machine {
-        Machine { devices, routes, clock }
+        Machine {
+            devices,
+            routes,
+            clock,
+        }
     }
 }
 
@@ -33,7 +37,10 @@ pub struct BigLockBus<M> {
 impl<M: Mutex<Machine>> BigLockBus<M> {
     /// For one vCPU.
     pub fn new(lock: Arc<M>, log: Logger) -> Self {
-        BigLockBus { lock, unclaimed: Unclaimed::new(log) }
+        BigLockBus {
+            lock,
+            unclaimed: Unclaimed::new(log),
+        }
     }
 }
 
@@ -48,7 +55,10 @@ impl<M: Mutex<Machine>> Bus for BigLockBus<M> {
 
     #[inline]
     fn exited(&mut self) -> Held<'_, M> {
-        Held { machine: self.lock.lock(), unclaimed: &mut self.unclaimed }
+        Held {
+            machine: self.lock.lock(),
+            unclaimed: &mut self.unclaimed,
+        }
     }
 
     // A write is complete when it returns.
@@ -62,7 +72,11 @@ impl<M: Mutex<Machine>> Bus for BigLockBus<M> {
 impl<'a, M: Mutex<Machine>> Accesses for Held<'a, M> {
     #[inline]
     fn read(&mut self, space: Space, address: u64, width: Width) -> u64 {
-        let Machine { devices, routes, clock } = &mut *self.machine;
+        let Machine {
+            devices,
+            routes,
+            clock,
+        } = &mut *self.machine;
         let Some(route) = routes.find(space, address) else {
             self.unclaimed.note(space, address, width, Direction::Read);
             return width.all_ones();

@@ -56,11 +56,22 @@ impl ChannelReach {
     pub fn new(devices: Vec<ChannelAddress>, spin: bool) -> ChannelReach {
         // One ask at a time.
         let (reply, replies) = bounded(1);
-        ChannelReach { devices, reply, replies, spin }
+        ChannelReach {
+            devices,
+            reply,
+            replies,
+            spin,
+        }
     }
 
     fn call(&mut self, device: usize, message: DeviceMessage) -> Option<u64> {
-        self.devices[device].0.send(Request { message, reply: Some(self.reply.clone()) }).ok()?;
+        self.devices[device]
+            .0
+            .send(Request {
+                message,
+                reply: Some(self.reply.clone()),
+            })
+            .ok()?;
         if self.spin {
             for _ in 0..SPINS {
                 if let Ok(value) = self.replies.try_recv() {

@@ -21,7 +21,11 @@ pub struct Devices<M> {
 impl<M: Mutex<Shell>> Devices<M> {
     /// All devices, and the ranges that lead to them.
     pub fn new(devices: Vec<Shell>, routes: RouteMap, clock: Clock) -> Self {
-        Devices { routes: RwLock::new(routes), devices: devices.into_iter().map(M::new).collect(), clock }
+        Devices {
+            routes: RwLock::new(routes),
+            devices: devices.into_iter().map(M::new).collect(),
+            clock,
+        }
     }
 }
 
@@ -34,7 +38,10 @@ pub struct DeviceLockBus<M> {
 impl<M: Mutex<Shell>> DeviceLockBus<M> {
     /// For one vCPU.
     pub fn new(shared: Arc<Devices<M>>, log: Logger) -> Self {
-        DeviceLockBus { shared, unclaimed: Unclaimed::new(log) }
+        DeviceLockBus {
+            shared,
+            unclaimed: Unclaimed::new(log),
+        }
     }
 }
 
@@ -65,7 +72,9 @@ impl<M: Mutex<Shell>> Accesses for DeviceLockBus<M> {
         };
         let access = route.access(address, width);
         let value = match &route.target {
-            Target::Device { device, .. } => shared.devices[*device].lock().handle(DeviceMessage::Read(access)),
+            Target::Device { device, .. } => {
+                shared.devices[*device].lock().handle(DeviceMessage::Read(access))
+            }
             Target::Published(word) => word.read(access, shared.clock.now()),
         };
         value & width.all_ones()
@@ -81,7 +90,9 @@ impl<M: Mutex<Shell>> Accesses for DeviceLockBus<M> {
         };
         let access = route.access(address, width);
         if let Target::Device { device, .. } = route.target {
-            shared.devices[device].lock().handle(DeviceMessage::Write(access, value & width.all_ones()));
+            shared.devices[device]
+                .lock()
+                .handle(DeviceMessage::Write(access, value & width.all_ones()));
         }
     }
 }

@@ -10,7 +10,10 @@
 //! | `channel` | actors out of a textbook: a thread a device, a request and a reply over channels | `channel.rs` |
 //!
 //! The lock ones come with std's mutex and with parking_lot's. This is the only module where lock types are allowed.
-#![allow(clippy::disallowed_types, reason = "this is what the actors are compared with")]
+#![allow(
+    clippy::disallowed_types,
+    reason = "this is what the actors are compared with"
+)]
 
 pub mod big_lock;
 pub mod channel;

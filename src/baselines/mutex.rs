@@ -2,6 +2,11 @@
 
 use std::ops::DerefMut;
 
+/// std's.
+pub type Std<T> = std::sync::Mutex<T>;
+/// parking_lot's.
+pub type ParkingLot<T> = parking_lot::Mutex<T>;
+
 /// A mutex.
 pub trait Mutex<T>: Send + Sync + 'static {
     /// What is held.

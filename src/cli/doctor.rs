@@ -4,13 +4,16 @@
 
 use crate::guests::probes::{INSTRUCTIONS, NOTHING, Probe};
 use crate::host::console::ConsoleKind;
+use crate::machine::dispatch::Dispatch;
 use crate::machine::memory::{Backing, MIN_BYTES, MemoryConfig};
 use crate::machine::outcome::{Outcome, status};
 use crate::machine::supervisor::{self, MachineConfig};
+use crate::machine::vm;
 use crate::vcpu::Cause;
 use crate::vcpu::exit::Exit;
-use kvm_ioctls::{Cap, Kvm};
+use kvm_ioctls::Cap;
 use slog::{Discard, Logger, o};
+use std::io::Write as _;
 use std::time::Duration;
 
 /// How long a probe of a few instructions may take before it counts as hung.
@@ -30,6 +33,7 @@ fn try_probe(probe: &Probe) -> Verdict {
             size_bytes: MIN_BYTES,
             backing: Backing::Memfd,
         },
+        dispatch: Dispatch::Actor,
         placements: Vec::new(),
         console: ConsoleKind::Off,
         debug_console: ConsoleKind::Off,
@@ -50,11 +54,19 @@ fn try_probe(probe: &Probe) -> Verdict {
 }
 
 /// Runs all checks and prints what they found. Returns the exit status: 0 if stock kernels can run here.
+///
+/// A reader that leaves early (`doctor | head -1`) ends the printing, and changes nothing else.
 pub fn run() -> u8 {
-    let kvm = match Kvm::new() {
+    macro_rules! println {
+        ($($text:tt)*) => {
+            // What cannot be written has nobody left to read it.
+            drop(writeln!(std::io::stdout(), $($text)*))
+        };
+    }
+    let kvm = match vm::open() {
         Ok(kvm) => kvm,
         Err(error) => {
-            println!("/dev/kvm        {}", crate::machine::vm::VmError::Open(error));
+            println!("/dev/kvm        {error}");
             println!("\nThis host cannot run virtual machines as it is.");
             return status::HOST_TROUBLE;
         }

@@ -6,6 +6,7 @@ use crate::actors::PlacementKind;
 use crate::boot::{BootConfig, BootProtocol, Unpack};
 use crate::host::console::ConsoleKind;
 use crate::host::{log as hostlog, terminal};
+use crate::machine::dispatch::Dispatch;
 use crate::machine::memory::{Backing, MemoryConfig, parse_size};
 use crate::machine::outcome::status;
 use crate::machine::supervisor::{self, Guest, MAX_CPUS, MachineConfig};
@@ -68,6 +69,10 @@ struct Run {
     /// Who unpacks a bzImage: host is faster, guest runs the kernel's own code (and its KASLR)
     #[arg(long, value_enum, default_value_t = Unpacking::Auto)]
     unpack: Unpacking,
+    /// How vCPUs reach devices: actor (messages), or a baseline to compare with: channel, channel:spin, device-lock,
+    /// device-lock:parking_lot, big-lock, big-lock:parking_lot
+    #[arg(long, value_name = "DISCIPLINE", default_value = "actor")]
+    dispatch: Dispatch,
     /// Where a device actor runs: handoff (on the vCPU that needs it), thread or pool; may be repeated
     #[arg(long, value_name = "DEVICE=PLACEMENT", value_parser = parse_placement)]
     placement: Vec<(String, PlacementKind)>,
@@ -186,6 +191,7 @@ impl Run {
                     MemoryBacking::Hugepages => Backing::Hugepages,
                 },
             },
+            dispatch: self.dispatch,
             placements: self.placement.clone(),
             console: self.console.clone(),
             debug_console: self.debug_console.clone(),
@@ -280,10 +286,12 @@ pub fn main() -> ExitCode {
             return ExitCode::from(status);
         }
     };
-    ExitCode::from(match cli.command {
+    let status = std::panic::catch_unwind(|| match cli.command {
         Command::Run(run) => run.run(),
         Command::Doctor => doctor::run(),
-    })
+    });
+    // The hook has told what happened.
+    ExitCode::from(status.unwrap_or(status::INTERNAL_ERROR))
 }
 
 #[cfg(test)]

@@ -74,7 +74,6 @@ impl CharacterEnd {
     pub fn transmit(&mut self, byte: u8) -> bool {
         if self.output.push(byte).is_err() {
             self.flags.dropped.fetch_add(1, Ordering::Relaxed);
-            return false;
         }
         fence(Ordering::SeqCst);
         if self.flags.loop_rests.load(Ordering::Relaxed)
@@ -122,10 +121,12 @@ impl HostEnd {
         !self.output.is_empty()
     }
 
-    /// Whether the device waits to be told that there is room. Answers `true` once a wish.
+    /// Whether the device waits to be told that there is room, and there is: half a ring, or a slow reader would cost
+    /// a message a byte. Answers `true` once a wish.
     pub fn wants_output_ready(&self) -> bool {
         fence(Ordering::SeqCst);
         self.flags.output_wanted.load(Ordering::Relaxed)
+            && self.output.slots() <= RING_BYTES / 2
             && self.flags.output_wanted.swap(false, Ordering::Relaxed)
     }
 
@@ -208,13 +209,27 @@ mod tests {
         }
         assert_eq!(sent + 1, RING_BYTES);
         assert_eq!(host.dropped(), 0);
+        host.output().commit(RING_BYTES / 2 - 1);
+        assert!(!host.wants_output_ready(), "hardly any room yet");
+        host.output().commit(1);
         assert!(host.wants_output_ready());
-        assert!(!host.wants_output_ready());
-        let chunk = host.output();
-        let taken = chunk.len();
-        chunk.commit_all();
-        assert_eq!(taken, RING_BYTES);
+        assert!(!host.wants_output_ready(), "told once");
         assert!(device.transmit(0));
+    }
+
+    #[test]
+    fn a_device_that_sends_without_room_is_told_all_the_same() {
+        let (mut device, mut host, _) = ends();
+        while device.transmit(0) {}
+        host.output().commit(RING_BYTES);
+        assert!(host.wants_output_ready());
+        for _ in 0..RING_BYTES {
+            device.transmit(0);
+        }
+        assert!(!device.transmit(1));
+        assert_eq!(host.dropped(), 1);
+        host.output().commit(RING_BYTES);
+        assert!(host.wants_output_ready());
     }
 
     #[test]

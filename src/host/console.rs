@@ -2,10 +2,12 @@
 
 use nix::fcntl::OFlag;
 use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
+use nix::sys::stat::{SFlag, fstat};
 use nix::sys::termios::{self, SetArg};
 use std::fs::{File, OpenOptions};
 use std::io::IsTerminal;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -46,7 +48,10 @@ impl FromStr for ConsoleKind {
 #[derive(Debug, thiserror::Error)]
 pub enum ConsoleError {
     /// The file cannot be made.
-    #[error("the console file {path} cannot be opened for writing; check the directory and its permissions")]
+    #[error(
+        "the console file {path} cannot be opened for writing; check the directory and its permissions (and a FIFO \
+         needs its reader first)"
+    )]
     File {
         /// As given.
         path: PathBuf,
@@ -57,7 +62,10 @@ pub enum ConsoleError {
     #[error("the host gives no pseudo-terminal for the console")]
     Pty(#[source] std::io::Error),
     /// A descriptor is missing.
-    #[error("stdin or stdout is closed; give the console somewhere to go with --console")]
+    #[error(
+        "stdin and stdout cannot be used for the console (is one closed, or ulimit -n too low?); --console sends it \
+         elsewhere"
+    )]
     Stdio(#[source] std::io::Error),
 }
 
@@ -95,6 +103,8 @@ impl Console {
                     .write(true)
                     .create(true)
                     .truncate(true)
+                    // A FIFO must not make it wait, neither here nor when it is full.
+                    .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
                     .open(path)
                     .map_err(|source| ConsoleError::File {
                         path: path.clone(),
@@ -111,10 +121,11 @@ impl Console {
                     .as_fd()
                     .try_clone_to_owned()
                     .map_err(ConsoleError::Stdio)?;
-                let output = std::io::stdout()
-                    .as_fd()
-                    .try_clone_to_owned()
-                    .map_err(ConsoleError::Stdio)?;
+                let stdout = std::io::stdout();
+                let output = match reopen(stdout.as_fd()) {
+                    Some(output) => output,
+                    None => stdout.as_fd().try_clone_to_owned().map_err(ConsoleError::Stdio)?,
+                };
                 Ok(Console {
                     input: Some(input),
                     output: Some(output),
@@ -156,8 +167,25 @@ impl Console {
     }
 }
 
+/// Another open file description of a terminal or a pipe that we write to, with O_NONBLOCK. A terminal that polls as
+/// writable can still block a write that is larger than its room, and so can a pipe that others write to. The flag
+/// must not be set on what we were given: it would be set for everyone who shares that, our shell included.
+fn reopen(fd: BorrowedFd<'_>) -> Option<OwnedFd> {
+    let kind = SFlag::from_bits_truncate(fstat(fd).ok()?.st_mode) & SFlag::S_IFMT;
+    if kind != SFlag::S_IFIFO && !fd.is_terminal() {
+        return None;
+    }
+    // Where it cannot be had (no /proc, the terminal of another user), the one we were given must do.
+    OpenOptions::new()
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+        .ok()
+        .map(OwnedFd::from)
+}
+
 fn open_pty() -> std::io::Result<(OwnedFd, String)> {
-    let master = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC)?;
+    let master = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
     grantpt(&master)?;
     unlockpt(&master)?;
     let name = ptsname_r(&master)?;

@@ -47,6 +47,8 @@ pub enum HostEvent {
     Signal(i32),
     /// Somebody typed Ctrl-A x.
     Quit,
+    /// The event loop panicked: a bug of ours.
+    Died,
 }
 
 /// What the machine tells the event loop.
@@ -142,7 +144,8 @@ pub struct EventLoop {
 /// The signals that end the machine.
 const ENDING: [i32; 4] = [SIGINT, SIGTERM, SIGHUP, SIGQUIT];
 
-type Signals = SignalDelivery<UnixStream, SignalOnly>;
+/// Where signals arrive.
+pub type Signals = SignalDelivery<UnixStream, SignalOnly>;
 
 /// Starts to collect signals. Before any thread is started that could be killed by one.
 ///
@@ -195,6 +198,15 @@ struct Running {
     inbox: Receiver<Order>,
     /// Stopping: until when.
     until: Option<Instant>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Without it no signal would be heard, and nothing could end the machine but SIGKILL.
+        if std::thread::panicking() {
+            (self.machine)(HostEvent::Died);
+        }
+    }
 }
 
 impl Running {
@@ -287,7 +299,10 @@ impl Running {
                 (self.machine)(HostEvent::Signal(signal));
             }
         }
-        places.into_iter().map(|(input, output)| (fired(input), fired(output))).collect()
+        places
+            .into_iter()
+            .map(|(input, output)| (fired(input), fired(output)))
+            .collect()
     }
 
     /// How long to sleep: `None` for as long as nothing happens.
@@ -422,7 +437,7 @@ impl Line {
                 for byte in &bytes[..length] {
                     match self.escape.feed(*byte, &mut self.typed) {
                         Some(Command::Quit) => machine(HostEvent::Quit),
-                        Some(Command::Help) => hostlog::print(HELP.trim_end()),
+                        Some(Command::Help) => print_help(),
                         None => {}
                     }
                 }
@@ -464,6 +479,13 @@ impl Line {
             }
         }
     }
+}
+
+/// The terminal may not take it now, and the event loop must not wait for it.
+fn print_help() {
+    let print = || hostlog::print(HELP.trim_end());
+    // A host without threads shows no help.
+    let _ = std::thread::Builder::new().name("help".into()).spawn(print);
 }
 
 /// The terminal is raw while the guest has it.

@@ -157,16 +157,30 @@ impl Chipset {
     }
 
     fn add(&mut self, part: Part, config: &ChipsetConfig) {
-        let Part { device, base, claims, line, console, timed } = part;
+        let Part {
+            device,
+            base,
+            claims,
+            line,
+            console,
+            timed,
+        } = part;
         let number = self.devices.len();
         let character = console.map(|console| {
             let (device_end, end) = character::pair(config.waker.clone());
-            self.characters.push(CharacterDevice { console, end, device: number });
+            self.characters.push(CharacterDevice {
+                console,
+                end,
+                device: number,
+            });
             device_end
         });
         let timer = timed.then(|| {
             let slot = TimerSlot::new(config.waker.clone());
-            self.timed.push(TimedDevice { slot: slot.clone(), device: number });
+            self.timed.push(TimedDevice {
+                slot: slot.clone(),
+                device: number,
+            });
             slot
         });
         let machine = config.machine.clone();
@@ -179,7 +193,13 @@ impl Chipset {
             requests: Box::new(move |request| drop(machine.try_send(MachineMessage::Device(request)))),
         };
         let (name, classify) = (device.name(), device.classify());
-        self.devices.push(Wired { shell: Shell::new(device, outside), name, base, claims, classify });
+        self.devices.push(Wired {
+            shell: Shell::new(device, outside),
+            name,
+            base,
+            claims,
+            classify,
+        });
     }
 
     /// The ranges of all devices, which are numbered as in [`Chipset::devices`].
@@ -192,7 +212,10 @@ impl Chipset {
                     start,
                     last: start + claim.len - 1,
                     base: claim.offset,
-                    target: Target::Device { device, classify: wired.classify },
+                    target: Target::Device {
+                        device,
+                        classify: wired.classify,
+                    },
                 };
                 map.insert(Space::Pio, route).expect("the layout has no overlaps");
             }

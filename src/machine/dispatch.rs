@@ -21,6 +21,7 @@ use std::io;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 /// What `--dispatch` says.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Hash)]
@@ -80,7 +81,9 @@ impl FromStr for Dispatch {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let found = Dispatch::ALL.into_iter().find(|dispatch| dispatch.to_string() == text);
+        let found = Dispatch::ALL
+            .into_iter()
+            .find(|dispatch| dispatch.to_string() == text);
         found.ok_or_else(|| {
             let all = Dispatch::ALL.map(|dispatch| dispatch.to_string()).join(", ");
             format!("'{text}' is not a discipline of dispatch; there are {all}")
@@ -108,12 +111,16 @@ pub trait Control {
     /// Tells all devices about the machine's life.
     fn tell(&mut self, event: Lifecycle);
 
-    /// Ends all devices, after what was said before. `join`: nobody can be stuck in one, so wait for their threads.
-    fn stop(&mut self, join: bool);
+    /// Ends all devices, after what was said before. `all_ended`: all who use them have ended, so none can be stuck and
+    /// their threads are waited for. If not, the names of those that do not end are returned.
+    fn stop(&mut self, all_ended: bool) -> Vec<String>;
 }
 
 /// How many threads a pool has. Register handlers are short; what blocks has a thread of its own elsewhere.
 const POOL_THREADS: usize = 2;
+
+/// How long devices may take to end before they are named.
+const DEVICE_LIMIT: Duration = Duration::from_millis(100);
 
 /// Lanes of a device beside the vCPUs': the machine actor's and the event loop's.
 const OTHER_LANES: usize = 2;
@@ -151,13 +158,26 @@ impl Actors {
             };
             let machine = machine.clone();
             let on_death = move |obituary| drop(machine.try_send(MachineMessage::Died(obituary)));
-            devices.push(Address::spawn(shell, name, placement, vcpus + OTHER_LANES, on_death)?);
+            devices.push(Address::spawn(
+                shell,
+                name,
+                placement,
+                vcpus + OTHER_LANES,
+                on_death,
+            )?);
         }
-        Ok(Actors { devices, routes, clock: chipset.clock })
+        Ok(Actors {
+            devices,
+            routes,
+            clock: chipset.clock,
+        })
     }
 
     fn ports(&self) -> Vec<Port<Shell>> {
-        self.devices.iter().map(|device| device.address.connect().expect("lanes were counted")).collect()
+        self.devices
+            .iter()
+            .map(|device| device.address.connect().expect("lanes were counted"))
+            .collect()
     }
 }
 
@@ -173,13 +193,23 @@ impl Discipline for Actors {
     }
 
     fn control(&mut self) -> Box<dyn Control> {
-        let threads = self.devices.iter_mut().filter_map(|device| device.thread.take()).collect();
-        Box::new(ActorControl { ports: self.ports(), threads })
+        let threads = self
+            .devices
+            .iter_mut()
+            .filter_map(|device| device.thread.take())
+            .collect();
+        let addresses = self.devices.iter().map(|device| device.address.clone()).collect();
+        Box::new(ActorControl {
+            ports: self.ports(),
+            addresses,
+            threads,
+        })
     }
 }
 
 struct ActorControl {
     ports: Vec<Port<Shell>>,
+    addresses: Vec<Address<Shell>>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -190,13 +220,22 @@ impl Control for ActorControl {
         }
     }
 
-    fn stop(&mut self, join: bool) {
+    fn stop(&mut self, all_ended: bool) -> Vec<String> {
         for port in &mut self.ports {
             port.stop_later();
         }
-        for thread in self.threads.drain(..).filter(|_| join) {
-            let _ = thread.join();
+        if all_ended {
+            for thread in self.threads.drain(..) {
+                let _ = thread.join();
+            }
+            return Vec::new();
         }
+        let deadline = Instant::now() + DEVICE_LIMIT;
+        while self.addresses.iter().any(|device| !device.is_closed()) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let stuck = self.addresses.iter().filter(|device| !device.is_closed());
+        stuck.map(|device| device.name().to_string()).collect()
     }
 }
 
@@ -215,8 +254,16 @@ impl Channels {
     /// When the host cannot start one.
     pub fn new(chipset: Chipset, spin: bool) -> io::Result<Channels> {
         let routes = chipset.routes();
-        let devices = chipset.devices.into_iter().map(|wired| channel::start(wired.shell, wired.name));
-        Ok(Channels { devices: devices.collect::<io::Result<_>>()?, routes, clock: chipset.clock, spin })
+        let devices = chipset
+            .devices
+            .into_iter()
+            .map(|wired| channel::start(wired.shell, wired.name));
+        Ok(Channels {
+            devices: devices.collect::<io::Result<_>>()?,
+            routes,
+            clock: chipset.clock,
+            spin,
+        })
     }
 }
 
@@ -234,7 +281,10 @@ impl Discipline for Channels {
 
     fn control(&mut self) -> Box<dyn Control> {
         // The threads end when all who could send are gone.
-        Box::new(GateControl { count: self.devices.len(), gate: self.gate() })
+        Box::new(GateControl {
+            count: self.devices.len(),
+            gate: self.gate(),
+        })
     }
 }
 
@@ -263,7 +313,10 @@ impl<M: Mutex<Shell>> Discipline for DeviceLocks<M> {
     }
 
     fn control(&mut self) -> Box<dyn Control> {
-        Box::new(GateControl { count: self.1, gate: self.gate() })
+        Box::new(GateControl {
+            count: self.1,
+            gate: self.gate(),
+        })
     }
 }
 
@@ -276,7 +329,10 @@ impl<M: Mutex<big_lock::Machine>> BigLock<M> {
         let (routes, clock) = (chipset.routes(), chipset.clock.clone());
         let shells: Vec<Shell> = chipset.devices.into_iter().map(|wired| wired.shell).collect();
         let count = shells.len();
-        BigLock(Arc::new(M::new(big_lock::Machine::new(shells, routes, clock))), count)
+        BigLock(
+            Arc::new(M::new(big_lock::Machine::new(shells, routes, clock))),
+            count,
+        )
     }
 }
 
@@ -292,7 +348,10 @@ impl<M: Mutex<big_lock::Machine>> Discipline for BigLock<M> {
     }
 
     fn control(&mut self) -> Box<dyn Control> {
-        Box::new(GateControl { count: self.1, gate: self.gate() })
+        Box::new(GateControl {
+            count: self.1,
+            gate: self.gate(),
+        })
     }
 }
 
@@ -312,7 +371,10 @@ impl Control for GateControl {
         });
     }
 
-    fn stop(&mut self, _join: bool) {}
+    // There is nothing to end, and no way to tell who is stuck.
+    fn stop(&mut self, _all_ended: bool) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 #[cfg(test)]
@@ -324,6 +386,11 @@ mod tests {
         for dispatch in Dispatch::ALL {
             assert_eq!(dispatch.to_string().parse(), Ok(dispatch));
         }
-        assert!("lock".parse::<Dispatch>().unwrap_err().contains("there are actor, channel"));
+        assert!(
+            "lock"
+                .parse::<Dispatch>()
+                .unwrap_err()
+                .contains("there are actor, channel")
+        );
     }
 }

@@ -34,6 +34,7 @@ pub const MAX_BYTES: u64 = 16 << 40;
 
 const MEMFD_NAME: &CStr = c"guest-ram";
 const SHMEM_HUGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+const MEMINFO: &str = "/proc/meminfo";
 const FREE_HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
 
 /// What guest memory is made of.
@@ -115,6 +116,17 @@ pub enum MemoryError {
         free: u64,
         /// Pages in the pool, used ones included.
         pool: u64,
+    },
+    /// More than the host has.
+    #[error(
+        "--memory {} is more than the host has ({} of RAM and swap); give less, or the host would run out of memory \
+         while the guest runs", human(*.wanted), human(*.has)
+    )]
+    MoreThanHost {
+        /// Bytes asked for.
+        wanted: u64,
+        /// Bytes of RAM and swap.
+        has: u64,
     },
     /// The host does not give that much.
     #[error("the host does not give {} of address space for guest memory; give less with --memory, or look at `ulimit -v` and vm.overcommit_memory", human(*.size))]
@@ -207,6 +219,45 @@ impl Backing {
             Backing::Anonymous
         }
     }
+}
+
+/// Whether the host could ever fill so much guest memory. It is taken page by page as the guest touches it, so without
+/// this look the answer would be the OOM killer's, and late.
+///
+/// # Errors
+/// [`MemoryError::MoreThanHost`].
+pub fn check_host(config: &MemoryConfig) -> Result<(), MemoryError> {
+    // Huge pages are reserved by `create`. A host that does not tell is believed to have enough.
+    let Some(has) = std::fs::read_to_string(MEMINFO)
+        .ok()
+        .and_then(|text| host_bytes(&text))
+        .filter(|_| config.backing != Backing::Hugepages)
+    else {
+        return Ok(());
+    };
+    if config.size_bytes > has {
+        return Err(MemoryError::MoreThanHost {
+            wanted: config.size_bytes,
+            has,
+        });
+    }
+    Ok(())
+}
+
+/// RAM and swap, from the text of /proc/meminfo [proc_meminfo(5)].
+fn host_bytes(meminfo: &str) -> Option<u64> {
+    let field = |name: &str| -> Option<u64> {
+        let rest = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
+        let kib: u64 = rest
+            .strip_prefix(':')?
+            .trim()
+            .strip_suffix("kB")?
+            .trim()
+            .parse()
+            .ok()?;
+        kib.checked_mul(KIB)
+    };
+    Some(field("MemTotal")?.saturating_add(field("SwapTotal").unwrap_or(0)))
 }
 
 /// Takes guest memory from the host: a region for each of [`blocks`].
@@ -518,6 +569,24 @@ mod tests {
         std::os::unix::fs::FileExt::read_exact_at(offset.file(), &mut bytes, offset.start()).unwrap();
         assert_eq!(u32::from_le_bytes(bytes), 0x1122_3344);
         assert!(offset.file().set_len(0).is_err(), "a sealed file does not shrink");
+    }
+
+    #[test]
+    fn more_than_the_host_has_is_refused() {
+        let text = "MemTotal:       1024 kB\nMemFree: 5 kB\nSwapTotal:      1024 kB\n";
+        assert_eq!(host_bytes(text), Some(2 * MIB));
+        assert_eq!(host_bytes("MemTotal:       1024 kB\n"), Some(MIB));
+        assert_eq!(host_bytes("nothing"), None);
+        let config = |size_bytes| MemoryConfig {
+            size_bytes,
+            backing: Backing::Memfd,
+        };
+        assert!(check_host(&config(MIN_BYTES)).is_ok());
+        let error = check_host(&config(MAX_BYTES)).unwrap_err().to_string();
+        assert!(
+            error.contains("--memory 16 TiB is more than the host has"),
+            "{error}"
+        );
     }
 
     #[test]

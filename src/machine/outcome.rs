@@ -19,6 +19,8 @@ pub enum Outcome {
     TripleFault,
     /// Neither the guest nor we could go on. Printed by the machine when it happened.
     InternalError(Box<Diagnosis>),
+    /// The event loop panicked: nobody would hear signals or the console any more.
+    EventLoopDied,
     /// `--timeout` was over. With the state the machine was in.
     TimedOut(State),
     /// A signal ended it.
@@ -69,7 +71,7 @@ impl Outcome {
             Outcome::GuestExit(value) => (*value).min(63) << 1 | 1,
             Outcome::Reset => status::RESET,
             Outcome::GuestPanic | Outcome::TripleFault => status::GUEST_PANIC,
-            Outcome::InternalError(_) => status::INTERNAL_ERROR,
+            Outcome::InternalError(_) | Outcome::EventLoopDied => status::INTERNAL_ERROR,
             Outcome::TimedOut(_) => status::TIMED_OUT,
             Outcome::Signal(signal) => status::SIGNAL.wrapping_add(*signal as u8),
             Outcome::Quit => status::SIGNAL + libc::SIGINT as u8,
@@ -86,6 +88,9 @@ impl fmt::Display for Outcome {
             Outcome::GuestPanic => f.write_str("the guest's kernel panicked"),
             Outcome::TripleFault => f.write_str("the guest ended in a triple fault"),
             Outcome::InternalError(_) => f.write_str("internal error"),
+            Outcome::EventLoopDied => f.write_str(
+                "internal error: the event loop died; this is a bug in actor-vmm, please report it",
+            ),
             Outcome::TimedOut(state) => write!(f, "--timeout was over; the machine was {state}"),
             Outcome::Signal(signal) => {
                 let name =

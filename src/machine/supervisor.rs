@@ -5,26 +5,31 @@
 //! when everything else has, or when what is stuck has had its time.
 
 use super::chipset::{Chipset, ChipsetConfig, DEVICE_NAMES, Lines};
+use super::dispatch::{Actors, BigLock, Channels, Control, DeviceLocks, Discipline, Dispatch, MutexKind};
 use super::memory::{self, MemoryConfig, MemoryError};
 use super::outcome::Outcome;
 use super::state::{State, Transition};
 use super::vm::{Vm, VmError};
 use super::{MachineMessage, cpuid::Topology};
-use crate::actors::{Lifecycle, PlacementKind, Port};
+use crate::actors::{Lifecycle, PlacementKind};
+use crate::baselines::mutex;
 use crate::boot::layout;
 use crate::boot::{self, AcpiConfig, BootConfig, BootError, EntryPoint};
 use crate::clock::Clock;
 use crate::devices::MachineRequest;
 use crate::devices::rtc::MemorySize;
-use crate::devices::shell::{DeviceMessage, InterruptLine, Shell};
+use crate::devices::shell::InterruptLine;
+use crate::host::character::Waker;
 use crate::host::console::{Console, ConsoleError, ConsoleKind};
-use crate::host::events::{self, EventLoop, EventLoopHandle, HostEvent};
+use crate::host::events::{
+    self, CharacterDevice, EventLoop, EventLoopHandle, HostEvent, Signals, TimedDevice,
+};
 use crate::vcpu::backend::Backend;
 use crate::vcpu::exit::SystemEvent;
 use crate::vcpu::route::Space;
 use crate::vcpu::{End, Vcpu, VcpuEvent, VcpuHandle, VcpuMessage, VcpuNews, kick, vcpu_mailbox};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, select};
-use slog::{Logger, crit, debug, error, info, o, warn};
+use slog::{Logger, crit, debug, error, o, warn};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vm_memory::GuestMemoryMmap;
@@ -66,7 +71,9 @@ pub struct MachineConfig {
     pub cpus: usize,
     /// Its memory.
     pub memory: MemoryConfig,
-    /// Which device runs where.
+    /// How vCPUs reach devices.
+    pub dispatch: Dispatch,
+    /// Which device runs where; for [`Dispatch::Actor`] only.
     pub placements: Vec<(String, PlacementKind)>,
     /// Where the first serial port goes.
     pub console: ConsoleKind,
@@ -165,6 +172,7 @@ impl InterruptLine for Unwired {
 pub fn run(config: &MachineConfig, log: &Logger) -> Result<Outcome, StartError> {
     config.check()?;
     // What can be wrong with the user's files is found before the host is asked for anything.
+    memory::check_host(&config.memory)?;
     let memory = memory::create(&config.memory)?;
     let topology = Topology::flat(config.cpus as u32);
     let entry = load(&memory, config, &topology, log)?;
@@ -213,48 +221,93 @@ where
     let raw = events::take_terminal(&console);
     let below_4g_bytes = config.memory.size_bytes.min(layout::PCI_HOLE);
     let chipset_config = ChipsetConfig {
-        vcpus: backends.len(),
         memory: MemorySize {
             below_4g_bytes,
             above_4g_bytes: config.memory.size_bytes - below_4g_bytes,
         },
-        placements: &config.placements,
         clock: clock.clone(),
         waker: waker.clone(),
         machine: sender.clone(),
     };
     let mut chipset = Chipset::new(chipset_config, console, debug_console, lines)?;
-    let tell = sender.clone();
-    let event_loop = EventLoop {
-        clock,
-        waker,
+    let assembly = Assembly {
+        backends,
         characters: std::mem::take(&mut chipset.characters),
         timed: std::mem::take(&mut chipset.timed),
-        machine: Box::new(move |event| drop(tell.try_send(MachineMessage::Host(event)))),
-        log: log.clone(),
-    }
-    .start(signals)?;
-    let mut machine = Machine {
-        state: State::Created,
+        signals,
+        clock,
+        waker,
+        sender,
         mailbox,
-        vcpus: Vec::new(),
-        devices: chipset.ports(),
-        device_threads: chipset.take_threads(),
-        event_loop,
         deadline: config.timeout.map(|limit| Instant::now() + limit),
         log: log.clone(),
     };
-    let started = machine.start_vcpus(backends, &chipset, &sender);
-    drop(sender);
-    let outcome = match started {
-        Ok(()) => machine.supervise(),
-        Err(error) => {
-            machine.stop(OUTPUT_LIMIT);
-            return Err(error.into());
+    let outcome = match config.dispatch {
+        Dispatch::Actor => {
+            let vcpus = assembly.backends.len();
+            let actors = Actors::new(chipset, vcpus, &config.placements, &assembly.sender)?;
+            assembly.run(actors)
         }
-    };
+        Dispatch::Channel { spin } => assembly.run(Channels::new(chipset, spin)?),
+        Dispatch::DeviceLock(MutexKind::Std) => assembly.run(DeviceLocks::<mutex::Std<_>>::new(chipset)),
+        Dispatch::DeviceLock(MutexKind::ParkingLot) => {
+            assembly.run(DeviceLocks::<mutex::ParkingLot<_>>::new(chipset))
+        }
+        Dispatch::BigLock(MutexKind::Std) => assembly.run(BigLock::<mutex::Std<_>>::new(chipset)),
+        Dispatch::BigLock(MutexKind::ParkingLot) => {
+            assembly.run(BigLock::<mutex::ParkingLot<_>>::new(chipset))
+        }
+    }?;
     drop(raw);
     Ok(outcome)
+}
+
+/// All that a machine is made of, but for how its devices are reached.
+struct Assembly<B> {
+    backends: Vec<B>,
+    characters: Vec<CharacterDevice>,
+    timed: Vec<TimedDevice>,
+    signals: Signals,
+    clock: Clock,
+    waker: Waker,
+    sender: Sender<MachineMessage>,
+    mailbox: Receiver<MachineMessage>,
+    deadline: Option<Instant>,
+    log: Logger,
+}
+
+impl<B: Backend + Send + 'static> Assembly<B> {
+    fn run<D: Discipline>(self, mut discipline: D) -> Result<Outcome, StartError> {
+        let tell = self.sender.clone();
+        let event_loop = EventLoop {
+            clock: self.clock,
+            waker: self.waker,
+            characters: self.characters,
+            timed: self.timed,
+            gate: discipline.gate(),
+            machine: Box::new(move |event| drop(tell.try_send(MachineMessage::Host(event)))),
+            log: self.log.clone(),
+        }
+        .start(self.signals)?;
+        let mut machine = Machine {
+            state: State::Created,
+            mailbox: self.mailbox,
+            vcpus: Vec::new(),
+            devices: discipline.control(),
+            event_loop,
+            deadline: self.deadline,
+            log: self.log,
+        };
+        let started = machine.start_vcpus(self.backends, &discipline, &self.sender);
+        drop((self.sender, discipline));
+        match started {
+            Ok(()) => Ok(machine.supervise()),
+            Err(error) => {
+                machine.stop(OUTPUT_LIMIT);
+                Err(error.into())
+            }
+        }
+    }
 }
 
 impl MachineConfig {
@@ -298,8 +351,7 @@ fn load(
             *entry
         }
     };
-    info!(log, "guest loaded"; "ms" => begin.elapsed().as_millis(), "entry" => format!("{entry:x?}"),
-        "cpus" => config.cpus, "memory" => memory::human(config.memory.size_bytes));
+    debug!(log, "guest loaded"; "ms" => begin.elapsed().as_millis(), "entry" => format!("{entry:x?}"));
     Ok(entry)
 }
 
@@ -308,8 +360,7 @@ struct Machine {
     state: State,
     mailbox: Receiver<MachineMessage>,
     vcpus: Vec<RunningVcpu>,
-    devices: Vec<Port<Shell>>,
-    device_threads: Vec<std::thread::JoinHandle<()>>,
+    devices: Box<dyn Control>,
     event_loop: EventLoopHandle,
     deadline: Option<Instant>,
     log: Logger,
@@ -323,20 +374,20 @@ struct RunningVcpu {
 
 impl Machine {
     /// Starts the vCPUs' threads and lets them run when all are ready.
-    fn start_vcpus<B: Backend + Send + 'static>(
+    fn start_vcpus<B: Backend + Send + 'static, D: Discipline>(
         &mut self,
         backends: Vec<B>,
-        chipset: &Chipset,
+        discipline: &D,
         news: &Sender<MachineMessage>,
     ) -> std::io::Result<()> {
         let expected = backends.len();
         for (index, backend) in backends.into_iter().enumerate() {
-            let routes = chipset.routing_table(self.log.new(o!("vcpu" => index)));
+            let bus = discipline.bus(self.log.new(o!("vcpu" => index)));
             let (handle, inbox) = vcpu_mailbox();
             let news = news.clone();
             // A machine that is gone does not care.
             let tell = Box::new(move |what: VcpuNews| drop(news.send(MachineMessage::Vcpu(what))));
-            let vcpu = Vcpu::new(index, backend, routes, inbox, tell);
+            let vcpu = Vcpu::new(index, backend, bus, inbox, tell);
             let thread = crate::thread::spawn(format!("vcpu{index}"), move || vcpu.run())?;
             self.vcpus.push(RunningVcpu {
                 handle,
@@ -374,9 +425,7 @@ impl Machine {
     /// Lets the guest run and waits for how it ends.
     fn supervise(&mut self) -> Outcome {
         self.go(Transition::Start);
-        for device in &mut self.devices {
-            let _ = device.try_post(DeviceMessage::Lifecycle(Lifecycle::Start));
-        }
+        self.devices.tell(Lifecycle::Start);
         for vcpu in &self.vcpus {
             vcpu.handle.send(VcpuMessage::Lifecycle(Lifecycle::Start));
         }
@@ -418,6 +467,7 @@ impl Machine {
             MachineMessage::Device(MachineRequest::GuestPanic) => Some(Outcome::GuestPanic),
             MachineMessage::Host(HostEvent::Signal(signal)) => Some(Outcome::Signal(signal)),
             MachineMessage::Host(HostEvent::Quit) => Some(Outcome::Quit),
+            MachineMessage::Host(HostEvent::Died) => Some(Outcome::EventLoopDied),
             MachineMessage::Died(obituary) => {
                 error!(
                     self.log,
@@ -503,13 +553,13 @@ impl Machine {
             }
         }
         self.drain_output(output_limit);
-        for device in &mut self.devices {
-            device.stop_later();
-        }
-        if self.vcpus.iter().all(|vcpu| vcpu.stopped) {
-            for thread in self.device_threads.drain(..) {
-                let _ = thread.join();
-            }
+        // A vCPU that does not end waits for a device whose turn does not: one that does not take its own stop.
+        let all_ended = self.vcpus.iter().all(|vcpu| vcpu.stopped);
+        for name in self.devices.stop(all_ended) {
+            warn!(
+                self.log,
+                "device {name} is stuck in an access and is left behind; this is a bug"
+            );
         }
         self.go(Transition::Stopped);
     }

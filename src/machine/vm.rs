@@ -18,6 +18,12 @@ pub enum VmError {
     /// /dev/kvm cannot be opened.
     #[error("/dev/kvm cannot be opened: {}", remedy(*.0))]
     Open(kvm_ioctls::Error),
+    /// Something else is in its place.
+    #[error(
+        "/dev/kvm is not KVM; what is there does not answer as KVM does (is it bound or passed on wrongly into this \
+         container?)"
+    )]
+    NotKvm,
     /// KVM lacks something that every machine needs.
     #[error("this host's KVM lacks {0}; a newer kernel has it")]
     Lacks(&'static str),
@@ -30,7 +36,7 @@ pub enum VmError {
         allowed: usize,
     },
     /// An ioctl failed.
-    #[error("KVM refuses {what}")]
+    #[error("KVM refuses {what} ({})", refusal(*.source))]
     Refused {
         /// The ioctl and what it was for.
         what: String,
@@ -56,6 +62,14 @@ fn remedy(error: kvm_ioctls::Error) -> &'static str {
     }
 }
 
+fn refusal(error: kvm_ioctls::Error) -> &'static str {
+    match error.errno() {
+        libc::EMFILE | libc::ENFILE => "too many open files; raise ulimit -n",
+        libc::ENOMEM => "the host is out of memory for it",
+        _ => "see the host's kernel log, dmesg",
+    }
+}
+
 fn refused(what: impl Into<String>) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
     let what = what.into();
     move |source| VmError::Refused { what, source }
@@ -67,6 +81,19 @@ const LVT_LINT0: usize = 0x350;
 const LVT_LINT1: usize = 0x360;
 const DELIVERY_EXTINT: u32 = 0b111 << 8;
 const DELIVERY_NMI: u32 = 0b100 << 8;
+
+/// Opens /dev/kvm and makes sure that it is KVM.
+///
+/// # Errors
+/// See [`VmError`].
+pub fn open() -> Result<Kvm, VmError> {
+    let kvm = Kvm::new().map_err(VmError::Open)?;
+    // The one version that there has been since 2007. [KVM api: KVM_GET_API_VERSION]
+    if kvm.get_api_version() != kvm::KVM_API_VERSION as i32 {
+        return Err(VmError::NotKvm);
+    }
+    Ok(kvm)
+}
 
 /// A VM.
 pub struct Vm {
@@ -89,7 +116,7 @@ impl Vm {
     /// # Errors
     /// See [`VmError`].
     pub fn new(memory: GuestMemoryMmap, vcpus: usize, irqchip: bool) -> Result<Vm, VmError> {
-        let kvm = Kvm::new().map_err(VmError::Open)?;
+        let kvm = open()?;
         for (cap, name) in [
             (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
             (Cap::Irqchip, "KVM_CAP_IRQCHIP"),

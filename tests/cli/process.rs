@@ -1,0 +1,231 @@
+//! Runs the program with limits, and looks at what it leaves behind.
+
+use std::ffi::OsStr;
+use std::io::{Read, Write};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+/// The program.
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_actor-vmm");
+/// Hang protection for everything that has no limit of its own. Runs take milliseconds to seconds.
+pub const LIMIT: Duration = Duration::from_secs(60);
+/// "Within about a second": what an end that somebody asked for may take.
+pub const PROMPT: Duration = Duration::from_secs(2);
+
+/// Says on stderr, past the capture of the test harness, that something is not tested.
+pub fn skipped(why: &str) {
+    let _ = writeln!(std::io::stderr(), "**** SKIPPED: {why} ****");
+}
+
+/// Whether /dev/kvm can be used. CI must have it.
+pub fn have_kvm() -> bool {
+    match std::fs::File::options().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => true,
+        Err(error) => {
+            assert!(
+                std::env::var_os("CI").is_none(),
+                "CI must have a usable /dev/kvm: {error}"
+            );
+            skipped(&format!("/dev/kvm cannot be used ({error})"));
+            false
+        }
+    }
+}
+
+/// A directory of one test, which is the program's working directory and is gone with the value.
+pub struct Place(PathBuf);
+
+impl Place {
+    pub fn new() -> Place {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("actor-vmm-cli-{}-{number}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Place(path)
+    }
+
+    /// A place with one kernel file, `k`.
+    pub fn with_kernel(code: &[u8]) -> Place {
+        let place = Place::new();
+        place.file("k", &super::guest::kernel(code));
+        place
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    pub fn file(&self, name: &str, content: &[u8]) -> &Place {
+        std::fs::write(self.0.join(name), content).unwrap();
+        self
+    }
+
+    pub fn read(&self, name: &str) -> Vec<u8> {
+        std::fs::read(self.0.join(name)).unwrap_or_default()
+    }
+
+    /// Names and lengths of all files.
+    pub fn content(&self) -> Vec<(String, u64)> {
+        let mut content: Vec<_> = std::fs::read_dir(&self.0)
+            .unwrap()
+            .map(|entry| {
+                let entry = entry.unwrap();
+                let length = entry.metadata().unwrap().len();
+                (entry.file_name().to_string_lossy().into_owned(), length)
+            })
+            .collect();
+        content.sort();
+        content
+    }
+
+    /// The program with these words as arguments, in this directory and in a process group of its own.
+    pub fn command(&self, words: &str) -> Command {
+        self.command_of(PROGRAM, words.split_whitespace())
+    }
+
+    pub fn command_of<I: AsRef<OsStr>>(
+        &self,
+        program: impl AsRef<OsStr>,
+        args: impl IntoIterator<Item = I>,
+    ) -> Command {
+        let mut command = Command::new(program);
+        command.args(args).current_dir(&self.0).process_group(0);
+        command.stdin(Stdio::null());
+        command
+    }
+
+    /// Runs the program to its end.
+    pub fn run(&self, words: &str) -> Ended {
+        finish(&mut self.command(words))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// What became of a run.
+#[derive(Debug)]
+pub struct Ended {
+    /// The exit status; 1000 and the signal's number if one killed it.
+    pub status: i32,
+    pub stdout: Vec<u8>,
+    pub stderr: String,
+    pub took: Duration,
+}
+
+impl Ended {
+    /// Lines on stderr that are no log records.
+    pub fn said(&self) -> Vec<&str> {
+        self.stderr
+            .lines()
+            .filter(|line| !line.starts_with('['))
+            .collect()
+    }
+
+    pub fn assert_no_panic(&self) {
+        for word in ["panicked", "bug in", "RUST_BACKTRACE"] {
+            assert!(!self.stderr.contains(word), "{}", self.stderr);
+        }
+    }
+}
+
+/// Runs a command to its end, with stdout and stderr collected.
+pub fn finish(command: &mut Command) -> Ended {
+    let begin = Instant::now();
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let (stdout, stderr) = (
+        collect(child.stdout.take().unwrap()),
+        collect(child.stderr.take().unwrap()),
+    );
+    let status = wait(&mut child, LIMIT);
+    let took = begin.elapsed();
+    Ended {
+        status,
+        stdout: stdout.join().unwrap(),
+        stderr: String::from_utf8_lossy(&stderr.join().unwrap()).into_owned(),
+        took,
+    }
+}
+
+/// Collects what comes until the other side is closed.
+pub fn collect(mut from: impl Read + Send + 'static) -> std::thread::JoinHandle<Vec<u8>> {
+    std::thread::spawn(move || {
+        let mut all = Vec::new();
+        let _ = from.read_to_end(&mut all);
+        all
+    })
+}
+
+/// Waits for the end of a child, kills it if that takes too long, and asserts that it leaves no process behind.
+#[track_caller]
+pub fn wait(child: &mut Child, limit: Duration) -> i32 {
+    let deadline = Instant::now() + limit;
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        if Instant::now() > deadline {
+            let threads = threads(child.id());
+            let _ = child.kill();
+            let _ = child.wait();
+            panic!("still there after {limit:?}; its threads: {threads}");
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    };
+    assert_group_is_gone(child.id());
+    status
+        .code()
+        .unwrap_or_else(|| 1000 + status.signal().unwrap_or(0))
+}
+
+/// Name and what each thread of a process waits in.
+fn threads(pid: u32) -> String {
+    let mut text = String::new();
+    for entry in std::fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        for file in ["comm", "wchan"] {
+            let read = std::fs::read_to_string(entry.path().join(file)).unwrap_or_default();
+            text += &format!("{} ", read.trim());
+        }
+    }
+    text
+}
+
+/// The child was the leader of a process group; when it is gone, so is everyone it started.
+#[track_caller]
+fn assert_group_is_gone(pid: u32) {
+    let group = nix::unistd::Pid::from_raw(pid as i32);
+    assert_eq!(
+        nix::sys::signal::killpg(group, None),
+        Err(nix::errno::Errno::ESRCH),
+        "a process was left behind"
+    );
+}
+
+/// Sends a signal to a child.
+pub fn signal(child: &Child, signal: nix::sys::signal::Signal) {
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id() as i32), signal).unwrap();
+}
+
+/// Waits until something holds.
+#[track_caller]
+pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + LIMIT;
+    while !holds() {
+        assert!(Instant::now() < deadline, "never: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

@@ -1,0 +1,311 @@
+//! The program on a terminal of its own: whatever ends it, the terminal is as it was.
+
+use super::process::{LIMIT, PROMPT, Place, eventually, have_kvm, signal, wait};
+use super::{guest, plain};
+use nix::fcntl::OFlag;
+use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
+use nix::sys::signal::Signal;
+use nix::sys::termios::{LocalFlags, Termios, tcgetattr};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+/// The program in a session of its own, with a terminal as its stdin, stdout and stderr.
+struct Session {
+    child: Child,
+    /// The person's side.
+    master: File,
+    /// The program's side, to look at.
+    slave: OwnedFd,
+    before: Termios,
+    /// Pieces of what came out; none if nobody reads.
+    pieces: Option<Receiver<Vec<u8>>>,
+    text: String,
+}
+
+impl Session {
+    fn start(place: &Place, words: &str) -> Session {
+        Session::start_with(place, words, true)
+    }
+
+    fn start_with(place: &Place, words: &str, read: bool) -> Session {
+        // Not openpty(3): its descriptors would be inherited by every program that is started meanwhile.
+        let master = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC).unwrap();
+        grantpt(&master).unwrap();
+        unlockpt(&master).unwrap();
+        let name = ptsname_r(&master).unwrap();
+        let open = || {
+            File::options()
+                .read(true)
+                .write(true)
+                .custom_flags(libc::O_NOCTTY)
+                .open(&name)
+        };
+        let slave = OwnedFd::from(open().unwrap());
+        let master = master.as_fd().try_clone_to_owned().map(File::from).unwrap();
+        let before = tcgetattr(&slave).unwrap();
+        let end = || Stdio::from(slave.try_clone().unwrap());
+        let mut command = plain(words, place);
+        command.stdin(end()).stdout(end()).stderr(end());
+        // SAFETY: two system calls between fork and exec, both async-signal-safe.
+        unsafe {
+            command.pre_exec(|| {
+                if libc::setsid() < 0 || libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+                Ok(())
+            });
+        }
+        let child = command.spawn().unwrap();
+        let pieces = read.then(|| {
+            let (send, pieces) = channel();
+            let mut master = master.try_clone().unwrap();
+            std::thread::spawn(move || {
+                let mut piece = [0; 4096];
+                while let Ok(length @ 1..) = master.read(&mut piece) {
+                    if send.send(piece[..length].to_vec()).is_err() {
+                        break;
+                    }
+                }
+            });
+            pieces
+        });
+        Session {
+            child,
+            master,
+            slave,
+            before,
+            pieces,
+            text: String::new(),
+        }
+    }
+
+    /// What came out so far.
+    fn text(&mut self) -> &str {
+        for piece in self.pieces.iter().flat_map(Receiver::try_iter) {
+            self.text += &String::from_utf8_lossy(&piece);
+        }
+        &self.text
+    }
+
+    #[track_caller]
+    fn expect(&mut self, needle: &str) {
+        let deadline = Instant::now() + LIMIT;
+        while !self.text().contains(needle) {
+            assert!(Instant::now() < deadline, "no '{needle}' in: {}", self.text);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn type_in(&mut self, keys: &[u8]) {
+        self.master.write_all(keys).unwrap();
+    }
+
+    /// Waits until the guest has the terminal.
+    #[track_caller]
+    fn expect_raw(&mut self) {
+        let slave = &self.slave;
+        eventually("a raw terminal", || {
+            !tcgetattr(slave)
+                .unwrap()
+                .local_flags
+                .intersects(LocalFlags::ICANON | LocalFlags::ECHO)
+        });
+    }
+
+    /// Waits for the end within `limit`, and asserts the status and that the terminal is as it was.
+    #[track_caller]
+    fn end(&mut self, limit: Duration) -> i32 {
+        let status = wait(&mut self.child, limit);
+        let after = tcgetattr(&self.slave).unwrap();
+        let (before, after) = (
+            libc::termios::from(self.before.clone()),
+            libc::termios::from(after),
+        );
+        assert_eq!(
+            (
+                before.c_iflag,
+                before.c_oflag,
+                before.c_cflag,
+                before.c_lflag,
+                before.c_cc
+            ),
+            (
+                after.c_iflag,
+                after.c_oflag,
+                after.c_cflag,
+                after.c_lflag,
+                after.c_cc
+            ),
+            "the terminal is not as it was; {}",
+            self.text()
+        );
+        assert!(!self.text().contains("bug in"), "{}", self.text());
+        status
+    }
+}
+
+#[test]
+fn the_terminal_is_raw_while_the_guest_runs_and_then_as_it_was() {
+    if !have_kvm() {
+        return;
+    }
+    let place = Place::with_kernel(guest::echo());
+    let mut session = Session::start(&place, "run --kernel k");
+    session.expect("up\n");
+    session.expect_raw();
+    // Keys that a cooked terminal would make something else of.
+    session.type_in(b"a\rb\x03\x1a\x1c\x13\x11\x16z");
+    session.expect("a\rb\x03\x1a\x1c\x13\x11\x16z");
+    session.type_in(b"\x04");
+    assert_eq!(session.end(LIMIT), 15);
+    // A line of the log ends as the terminal needs it, raw or not.
+    session.expect("512 MiB cpus=1\r\n");
+    session.expect("the guest gave exit status 7 status=15\r\n");
+}
+
+#[test]
+fn bad_input_leaves_the_terminal_alone() {
+    let place = Place::with_kernel(guest::exit());
+    for (words, status, said) in [
+        ("run --kernel missing", 2, "no such file"),
+        ("run --kernel k --cpus 0", 2, "--cpus must be 1 to 1024"),
+        ("run --kernel k --memory 0", 2, "--memory"),
+        ("run --kernel k --memory 16T", 18, "more than the host has"),
+        ("run --kernel k --placement x=pool", 2, "names no device"),
+        ("fly", 2, "fly"),
+    ] {
+        let mut session = Session::start(&place, words);
+        session.expect(said);
+        assert_eq!(session.end(LIMIT), status, "{words}");
+    }
+}
+
+#[test]
+fn trouble_after_the_start_leaves_the_terminal_as_it_was() {
+    if !have_kvm() {
+        return;
+    }
+    for (code, words, status, said) in [
+        (guest::exit(), "", 11, "exit status 5"),
+        (guest::broken(), "", 14, "what to do: "),
+        (guest::triple_fault(), "", 12, "triple fault"),
+        (guest::spin(), "--timeout 0.3", 16, "--timeout was over"),
+        (guest::exit(), "--debug-console file:nowhere/x", 2, "nowhere/x"),
+    ] {
+        let place = Place::with_kernel(code);
+        let mut session = Session::start(&place, &format!("run --kernel k {words}"));
+        assert_eq!(session.end(LIMIT), status, "{said}");
+        session.expect(said);
+        assert!(
+            !session.text().replace("\r\n", "").contains('\r'),
+            "{:?}",
+            session.text
+        );
+    }
+    let mut session = Session::start(&Place::new(), "run --demo");
+    let status = session.end(LIMIT);
+    assert!(status == 0 || status % 2 == 1, "{status}: {}", session.text());
+}
+
+#[test]
+fn signals_leave_the_terminal_as_it_was() {
+    if !have_kvm() {
+        return;
+    }
+    for (code, end, status) in [
+        (guest::spin(), Signal::SIGINT, 130),
+        (guest::halt(), Signal::SIGTERM, 143),
+        (guest::port_loop(), Signal::SIGHUP, 129),
+        (guest::spin(), Signal::SIGQUIT, 131),
+    ] {
+        let place = Place::with_kernel(code);
+        let mut session = Session::start(&place, "run --kernel k");
+        session.expect("up\n");
+        session.expect_raw();
+        signal(&session.child, end);
+        assert_eq!(session.end(PROMPT), status, "{end}");
+    }
+}
+
+#[test]
+fn the_escape_ends_a_guest_that_spins_sleeps_or_loops_on_a_port() {
+    if !have_kvm() {
+        return;
+    }
+    for code in [guest::spin(), guest::halt(), guest::port_loop()] {
+        let place = Place::with_kernel(code);
+        let mut session = Session::start(&place, "run --kernel k --cpus 2");
+        session.expect("up\n");
+        session.expect_raw();
+        session.type_in(b"\x01x");
+        assert_eq!(session.end(PROMPT), 130);
+        session.expect("ended from the console");
+    }
+}
+
+#[test]
+fn the_escape_shows_help_and_passes_itself_on() {
+    if !have_kvm() {
+        return;
+    }
+    let place = Place::with_kernel(guest::echo());
+    let mut session = Session::start(&place, "run --kernel k");
+    session.expect("up\n");
+    session.expect_raw();
+    session.type_in(b"\x01h");
+    session.expect("Ctrl-A x       end the machine\r\n");
+    session.expect("Ctrl-A Ctrl-A  send Ctrl-A to the guest\r\n");
+    session.type_in(b"<\x01\x01>[\x01z]");
+    session.expect("<\x01>[\x01z]");
+    session.type_in(b"\x01X");
+    assert_eq!(session.end(PROMPT), 130);
+}
+
+#[test]
+fn a_terminal_that_nobody_reads_does_not_hold_up_the_end() {
+    if !have_kvm() {
+        return;
+    }
+    let place = Place::with_kernel(guest::flood());
+    for end in [Signal::SIGTERM, Signal::SIGINT] {
+        place.file("alive", b"");
+        let mut session = Session::start_with(&place, "run --kernel k --debug-console file:alive", false);
+        session.expect_raw();
+        eventually("the guest goes on", || place.read("alive").len() > 500);
+        signal(&session.child, end);
+        assert_eq!(session.end(PROMPT), 128 + end as i32);
+    }
+}
+
+#[test]
+fn the_escape_works_on_a_terminal_that_nobody_reads() {
+    if !have_kvm() {
+        return;
+    }
+    let place = Place::with_kernel(guest::flood());
+    let mut session = Session::start_with(&place, "run --kernel k --debug-console file:alive", false);
+    session.expect_raw();
+    eventually("the guest goes on", || place.read("alive").len() > 500);
+    // The help cannot be shown; that must not hold up what comes after it.
+    session.type_in(b"\x01h\x01x");
+    assert_eq!(session.end(PROMPT), 130);
+}
+
+#[test]
+fn a_terminal_that_goes_away_ends_the_machine() {
+    if !have_kvm() {
+        return;
+    }
+    let place = Place::with_kernel(guest::spin());
+    let mut session = Session::start_with(&place, "run --kernel k --log-level error", false);
+    session.expect_raw();
+    drop(session.master);
+    // The kernel sends SIGHUP to the session's leader.
+    assert_eq!(wait(&mut session.child, PROMPT), 129);
+}
