@@ -10,7 +10,7 @@ use actor_vmm::devices::acpi_pm::PmTimer;
 use actor_vmm::devices::shell::{DeviceMessage, Shell, Surroundings};
 use actor_vmm::devices::uart16550::Uart16550;
 use actor_vmm::devices::{Access, AccessClass, Context, Device, Width};
-use actor_vmm::vcpu::route::{Route, RoutingTable, Space, Target};
+use actor_vmm::vcpu::route::{Accesses, Route, RoutingTable, Space, Target};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};

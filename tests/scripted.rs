@@ -85,6 +85,33 @@ impl Given<Unwired> {
     }
 }
 
+/// Every way to reach devices: each placement of the named ones, then each baseline.
+fn ways(devices: &[&str]) -> Vec<(String, Given<Unwired>)> {
+    let placed = [PlacementKind::Handoff, PlacementKind::Thread, PlacementKind::Pool].map(|kind| {
+        let placements = devices.iter().map(|name| (name.to_string(), kind)).collect();
+        (
+            kind.to_string(),
+            Given {
+                placements,
+                ..Given::plain()
+            },
+        )
+    });
+    let baselines = Dispatch::ALL
+        .into_iter()
+        .filter(|dispatch| *dispatch != Dispatch::Actor);
+    let baselines = baselines.map(|dispatch| {
+        (
+            dispatch.to_string(),
+            Given {
+                dispatch,
+                ..Given::plain()
+            },
+        )
+    });
+    placed.into_iter().chain(baselines).collect()
+}
+
 /// What became of a machine.
 struct Ran {
     outcome: Outcome,
@@ -384,12 +411,10 @@ fn status_of_serial() -> Step {
 
 #[test]
 fn vcpus_that_never_rest_are_ended_by_the_timeout() {
-    for kind in [PlacementKind::Handoff, PlacementKind::Thread, PlacementKind::Pool] {
+    for (kind, given) in ways(&["serial0"]) {
         let given = Given {
-            dispatch: Dispatch::Actor,
-            placements: vec![("serial0".into(), kind)],
             timeout: Duration::from_millis(200),
-            lines: Unwired,
+            ..given
         };
         let ran = run_sources(vec![Endless, Endless, Endless], &given);
         assert!(
@@ -409,7 +434,7 @@ fn vcpus_that_never_rest_are_ended_by_the_timeout() {
 // Placements.
 
 #[test]
-fn placements_cannot_be_told_apart() {
+fn placements_and_disciplines_cannot_be_told_apart() {
     let script = "
         out 3fa 1 1\n in 3fa 1 c1\n out 3ff 1 5a\n in 3ff 1 5a
         outs 3f8 1 68 65 6c 6c 6f
@@ -423,12 +448,7 @@ fn placements_cannot_be_told_apart() {
         out f4 1 2a
     ";
     let mut values = None;
-    for kind in [PlacementKind::Handoff, PlacementKind::Thread, PlacementKind::Pool] {
-        let given = Given {
-            dispatch: Dispatch::Actor,
-            placements: DEVICE_NAMES.map(|name| (name.to_string(), kind)).to_vec(),
-            ..Given::plain()
-        };
+    for (kind, given) in ways(&DEVICE_NAMES) {
         let (ran, seen) = run_given(&[script], &given);
         assert!(
             matches!(ran.outcome, Outcome::GuestExit(0x2a)),
@@ -488,7 +508,7 @@ impl Source for Hammer {
 #[test]
 fn many_vcpus_on_one_port_lose_nothing_and_keep_their_own_order() {
     const BYTES: u32 = 1000;
-    for kind in [PlacementKind::Handoff, PlacementKind::Thread, PlacementKind::Pool] {
+    for (kind, given) in ways(&["serial0"]) {
         for vcpus in 1..=8 {
             let working = Arc::new(AtomicUsize::new(vcpus));
             let hammer = |vcpu| Hammer {
@@ -500,11 +520,6 @@ fn many_vcpus_on_one_port_lose_nothing_and_keep_their_own_order() {
                 switched: false,
                 working: working.clone(),
                 done: false,
-            };
-            let given = Given {
-                dispatch: Dispatch::Actor,
-                placements: vec![("serial0".into(), kind)],
-                ..Given::plain()
             };
             let ran = run_sources((0..vcpus).map(hammer).collect(), &given);
             assert!(

@@ -29,7 +29,7 @@ use crate::vcpu::exit::SystemEvent;
 use crate::vcpu::route::Space;
 use crate::vcpu::{End, Vcpu, VcpuEvent, VcpuHandle, VcpuMessage, VcpuNews, kick, vcpu_mailbox};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, select};
-use slog::{Logger, crit, debug, error, o, warn};
+use slog::{Logger, crit, debug, error, info, o, warn};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vm_memory::GuestMemoryMmap;
@@ -240,6 +240,7 @@ where
         sender,
         mailbox,
         deadline: config.timeout.map(|limit| Instant::now() + limit),
+        memory_bytes: config.memory.size_bytes,
         log: log.clone(),
     };
     let outcome = match config.dispatch {
@@ -273,6 +274,7 @@ struct Assembly<B> {
     sender: Sender<MachineMessage>,
     mailbox: Receiver<MachineMessage>,
     deadline: Option<Instant>,
+    memory_bytes: u64,
     log: Logger,
 }
 
@@ -301,7 +303,11 @@ impl<B: Backend + Send + 'static> Assembly<B> {
         let started = machine.start_vcpus(self.backends, &discipline, &self.sender);
         drop((self.sender, discipline));
         match started {
-            Ok(()) => Ok(machine.supervise()),
+            Ok(()) => {
+                info!(machine.log, "the guest starts"; "cpus" => machine.vcpus.len(),
+                    "memory" => memory::human(self.memory_bytes));
+                Ok(machine.supervise())
+            }
             Err(error) => {
                 machine.stop(OUTPUT_LIMIT);
                 Err(error.into())
