@@ -37,7 +37,7 @@ enum Command {
 #[derive(Args, Debug)]
 struct Run {
     /// Kernel: a bzImage (vmlinuz), or an ELF file with a PVH note or for the 64-bit Linux boot protocol
-    #[arg(long, value_name = "FILE", required_unless_present = "demo")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["demo", "guest"])]
     kernel: Option<PathBuf>,
     /// Initial RAM disk
     #[arg(long, value_name = "FILE", requires = "kernel")]
@@ -49,6 +49,10 @@ struct Run {
     /// powers off
     #[arg(long, conflicts_with_all = ["kernel", "initrd", "cmdline", "boot", "unpack"])]
     demo: bool,
+    /// Boots one of the test guests
+    #[arg(long, value_name = "NAME", hide = true, value_parser = parse_guest)]
+    #[arg(conflicts_with_all = ["kernel", "initrd", "cmdline", "boot", "unpack", "demo"])]
+    guest: Option<Guest>,
     /// Number of vCPUs
     #[arg(long, value_name = "N", default_value_t = 1)]
     cpus: usize,
@@ -136,6 +140,10 @@ fn parse_placement(text: &str) -> Result<(String, PlacementKind), String> {
     Ok((device.to_string(), placement.parse()?))
 }
 
+fn parse_guest(name: &str) -> Result<Guest, String> {
+    crate::guests::cases::by_name(name).ok_or_else(|| "there is no such test guest".into())
+}
+
 fn parse_seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text
         .parse()
@@ -164,7 +172,7 @@ impl Run {
                     Unpacking::Guest => Unpack::Guest,
                 },
             }),
-            None => crate::guests::probes::NOTHING.guest(),
+            None => self.guest.clone().unwrap_or_else(crate::guests::demo::guest),
         };
         MachineConfig {
             guest,

@@ -123,6 +123,7 @@ impl Chipset {
             Part {
                 line: Some(lines.edge(io::SERIAL0_IRQ)?),
                 console: Some(console),
+                timed: true,
                 ..part(
                     Box::new(Uart16550::new("serial0")),
                     io::SERIAL0,

@@ -157,6 +157,10 @@ impl Vm {
                 ..Default::default()
             };
             fd.create_pit2(pit).map_err(refused("KVM_CREATE_PIT2"))?;
+            let routes = kvm::KvmIrqRouting::from_entries(&interrupt_routes())
+                .map_err(|_| VmError::Lacks("room for the interrupt routes of a PC"))?;
+            fd.set_gsi_routing(&routes)
+                .map_err(refused("KVM_SET_GSI_ROUTING"))?;
         }
         let mapped = kvm
             .get_vcpu_mmap_size()
@@ -261,6 +265,33 @@ impl Vm {
             gsi,
         })
     }
+}
+
+/// Which pin each interrupt comes in at: of the PIC and of the IOAPIC by its own number, as PCs have it, but the PIT,
+/// interrupt 0, at pin 2 of the IOAPIC, as the MADT says. Pin 2 of the PIC is where the second one is. KVM's own
+/// default has the PIT at pin 0.
+fn interrupt_routes() -> Vec<kvm::kvm_irq_routing_entry> {
+    const CASCADE: u32 = 2;
+    const PIC_PINS: u32 = 8;
+    const IOAPIC_PINS: u32 = 24;
+    let route = |gsi, irqchip, pin| {
+        let mut route = kvm::kvm_irq_routing_entry {
+            gsi,
+            type_: kvm::KVM_IRQ_ROUTING_IRQCHIP,
+            ..Default::default()
+        };
+        route.u.irqchip = kvm::kvm_irq_routing_irqchip { irqchip, pin };
+        route
+    };
+    let isa = (0..2 * PIC_PINS).filter(|gsi| *gsi != CASCADE);
+    let pic = isa.map(|gsi| match gsi.checked_sub(PIC_PINS) {
+        None => route(gsi, kvm::KVM_IRQCHIP_PIC_MASTER, gsi),
+        Some(pin) => route(gsi, kvm::KVM_IRQCHIP_PIC_SLAVE, pin),
+    });
+    let ioapic = (0..IOAPIC_PINS)
+        .filter(|gsi| *gsi != CASCADE)
+        .map(|gsi| route(gsi, kvm::KVM_IRQCHIP_IOAPIC, if gsi == 0 { 2 } else { gsi }));
+    pic.chain(ioapic).collect()
 }
 
 /// An edge is one write to an eventfd.

@@ -20,7 +20,8 @@ use crate::{build, initramfs, kernel, paths, process, setup};
 const QEMU: &str = "qemu-system-x86_64";
 /// A processor with SVM and nested paging. QEMU does not tell KVM when a guest sets XCR0, so KVM runs the guest with
 /// another value than it has set; Linux notices, complains and does without XSAVE. Better not to offer it.
-const CPU: &str = "max,+svm,+npt,-xsave";
+// ERMS and FSRM tell the kernel that byte-wise string instructions are fast; emulated, they are the slowest.
+const CPU: &str = "max,+svm,+npt,-xsave,-erms,-fsrm";
 /// From the start of QEMU to the agent's first word; 4 s on an idle machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
 /// What a busy machine may add to a limit that the agent watches itself.
