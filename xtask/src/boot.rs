@@ -171,6 +171,7 @@ fn emulated(scenario: &scenario::Scenario, text: &str, args: &Args) -> Result<St
         cpus: 1,
         files: vec![(format!("scenarios/{NAME}.toml"), text.as_bytes().to_vec())],
         typing: args.shell,
+        counted: false,
     };
     let _terminal = if args.shell && std::io::stdin().is_terminal() {
         RawTerminal::set()
