@@ -97,33 +97,57 @@ code! {
      ud2"
 }
 
-/// What [`talk`] says behind "up": so many bytes `a`.
-pub const TALK_BYTES: usize = 100_000;
+/// Says `a` in so many rounds of 16, looking whether the transmitter is empty before each; then ends with status 5.
+macro_rules! say {
+    ($rounds:literal) => {
+        concat!(
+            "mov ebx, ",
+            $rounds,
+            "
+             2: mov edx, 0x3fd
+             in al, dx
+             test al, 0x20
+             jz 2b
+             mov edx, 0x3f8
+             mov al, 0x61
+             mov ecx, 16
+             3: out dx, al
+             dec ecx
+             jnz 3b
+             dec ebx
+             jnz 2b
+             mov al, 5
+             out 0xf4, al
+             4: hlt
+             jmp 4b"
+        )
+    };
+}
+
+/// What [`talk`] says behind "up": more than the ring between the device and the host holds.
+pub const TALK_BYTES: usize = 1250 * 16;
 
 code! {
-    /// Says much, looking whether the transmitter is empty before each 16 bytes, then ends with status 5.
+    /// Says [`TALK_BYTES`], then ends with status 5 (11 for the process).
     fn talk = "cli_talk";
     "mov edx, 0x3fa
      mov al, 1
      out dx, al",
     up!(),
-    "mov ebx, 6250
-     2: mov edx, 0x3fd
-     in al, dx
-     test al, 0x20
-     jz 2b
-     mov edx, 0x3f8
-     mov al, 0x61
-     mov ecx, 16
-     3: out dx, al
-     dec ecx
-     jnz 3b
-     dec ebx
-     jnz 2b
-     mov al, 5
-     out 0xf4, al
-     4: hlt
-     jmp 4b"
+    say!(1250)
+}
+
+/// What [`talk_long`] says behind "up": more than a pipe holds, too.
+pub const TALK_LONG_BYTES: usize = 6250 * 16;
+
+code! {
+    /// Says [`TALK_LONG_BYTES`], then ends with status 5 (11 for the process).
+    fn talk_long = "cli_talk_long";
+    "mov edx, 0x3fa
+     mov al, 1
+     out dx, al",
+    up!(),
+    say!(6250)
 }
 
 code! {
