@@ -75,6 +75,8 @@ pub struct Console {
     input: Option<OwnedFd>,
     /// Where output goes; `None` drops it.
     output: Option<OwnedFd>,
+    /// It was opened for this, so what is in it is replaced.
+    is_file: bool,
     /// What errors call it.
     pub name: String,
     /// Whether a person types here, so that escapes mean something.
@@ -92,6 +94,7 @@ impl Console {
         let quiet = |name: &str| Console {
             input: None,
             output: None,
+            is_file: false,
             name: name.into(),
             interactive: false,
             comes_and_goes: false,
@@ -102,7 +105,8 @@ impl Console {
                 let file = OpenOptions::new()
                     .write(true)
                     .create(true)
-                    .truncate(true)
+                    // Not emptied yet: see `Console::begin`.
+                    .truncate(false)
                     // A FIFO must not make it wait, neither here nor when it is full.
                     .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
                     .open(path)
@@ -112,6 +116,7 @@ impl Console {
                     })?;
                 Ok(Console {
                     output: Some(file.into()),
+                    is_file: true,
                     ..quiet(&path.display().to_string())
                 })
             }
@@ -143,6 +148,15 @@ impl Console {
                     ..quiet(&name)
                 })
             }
+        }
+    }
+
+    /// Everything else could be had too: a file is emptied, so that what was in it is not lost to a machine that does
+    /// not start.
+    pub fn begin(&self) {
+        if let Some(output) = self.output.as_ref().filter(|_| self.is_file) {
+            // Something that is no regular file cannot be emptied, and need not be.
+            let _ = nix::unistd::ftruncate(output, 0);
         }
     }
 
@@ -222,6 +236,17 @@ mod tests {
                 .unwrap_err()
                 .contains("'tcp:1' is not a console")
         );
+    }
+
+    #[test]
+    fn a_file_keeps_its_content_until_the_machine_begins() {
+        let path = std::env::temp_dir().join(format!("actor-vmm-console-{}", std::process::id()));
+        std::fs::write(&path, "from before").unwrap();
+        let console = Console::open(&ConsoleKind::File(path.clone())).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"from before");
+        console.begin();
+        assert_eq!(std::fs::read(&path).unwrap(), b"");
+        std::fs::remove_file(&path).unwrap();
     }
 
     #[test]

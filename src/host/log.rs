@@ -109,9 +109,11 @@ impl Drain for Queue {
             self.start.elapsed().as_secs_f64(),
             record.msg()
         );
-        let mut pairs = Pairs(&mut line);
-        let _ = record.kv().serialize(record, &mut pairs);
+        let mut pairs = Pairs(Vec::with_capacity(4));
         let _ = values.serialize(record, &mut pairs);
+        let _ = record.kv().serialize(record, &mut pairs);
+        // slog hands them over last first.
+        line.extend(pairs.0.into_iter().rev());
         if self.lines.try_send(Entry::Line(line)).is_err() {
             self.lost.fetch_add(1, Ordering::Relaxed);
         }
@@ -119,11 +121,12 @@ impl Drain for Queue {
     }
 }
 
-/// Appends ` key=value`.
-struct Pairs<'a>(&'a mut String);
+/// Each as ` key=value`.
+struct Pairs(Vec<String>);
 
-impl slog::Serializer for Pairs<'_> {
+impl slog::Serializer for Pairs {
     fn emit_arguments(&mut self, key: Key, value: &fmt::Arguments<'_>) -> slog::Result {
-        write!(self.0, " {key}={value}").map_err(|_| slog::Error::Other)
+        self.0.push(format!(" {key}={value}"));
+        Ok(())
     }
 }

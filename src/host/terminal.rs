@@ -31,6 +31,10 @@ impl Raw {
         if !std::io::stdin().is_terminal() {
             return None;
         }
+        // A background job that changed the terminal would be stopped (SIGTTOU).
+        if nix::unistd::tcgetpgrp(stdin()) != Ok(nix::unistd::getpgrp()) {
+            return None;
+        }
         let before = termios::tcgetattr(stdin()).ok()?;
         let _ = BEFORE.set(Termios2(before.clone().into()));
         let mut raw = before;

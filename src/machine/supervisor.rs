@@ -214,6 +214,9 @@ where
     }
     kick::install_handler()?;
     let signals = events::collect_signals()?;
+    for console in [&console, &debug_console] {
+        console.begin();
+    }
 
     let (sender, mailbox) = bounded(MAILBOX);
     let clock = Clock::new();

@@ -165,7 +165,7 @@ fn the_terminal_is_raw_while_the_guest_runs_and_then_as_it_was() {
     session.type_in(b"\x04");
     assert_eq!(session.end(LIMIT), 15);
     // A line of the log ends as the terminal needs it, raw or not.
-    session.expect("512 MiB cpus=1\r\n");
+    session.expect("cpus=1 memory=512 MiB\r\n");
     session.expect("the guest gave exit status 7 status=15\r\n");
 }
 
