@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 /// Hang protection.
 const LIMIT: Duration = Duration::from_secs(60);
 /// "Within about a second".
-const PROMPT: Duration = Duration::from_secs(2);
+const PROMPT: Duration = Duration::from_secs(5);
 
 /// A log that is kept.
 struct Kept(Sender<String>);
