@@ -48,13 +48,13 @@ const STEPS: [Step; 4] = [
             "warnings",
         ],
         env: &[],
-        limit: 600,
+        limit: 900,
     },
     Step {
         name: "tests",
         words: &["test", "--quiet", "--locked", "--workspace"],
         env: &[],
-        limit: 900,
+        limit: 1200,
     },
     // Another cfg would throw away what the other steps have built, hence a target directory of its own.
     Step {
@@ -70,12 +70,12 @@ const STEPS: [Step; 4] = [
             "loom_",
         ],
         env: &[("RUSTFLAGS", "--cfg loom"), ("LOOM_MAX_PREEMPTIONS", "3")],
-        limit: 600,
+        limit: 900,
     },
 ];
 
 /// For all scenarios together.
-const SCENARIOS_LIMIT: Duration = Duration::from_secs(900);
+const SCENARIOS_LIMIT: Duration = Duration::from_secs(1800);
 
 pub fn run(args: &Args) -> Result<bool> {
     let mut summary = Summary::default();
