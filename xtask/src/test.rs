@@ -69,7 +69,11 @@ const STEPS: [Step; 4] = [
             "target/loom",
             "loom_",
         ],
-        env: &[("RUSTFLAGS", "--cfg loom"), ("LOOM_MAX_PREEMPTIONS", "3")],
+        env: &[
+            ("RUSTFLAGS", "--cfg loom"),
+            ("LOOM_MAX_PREEMPTIONS", "3"),
+            ("CARGO_PROFILE_RELEASE_LTO", "off"),
+        ],
         limit: 900,
     },
 ];
