@@ -153,7 +153,7 @@ pub fn run(args: &Args) -> Result<bool> {
     let mut failures = 0;
     for round in 1..=args.runs {
         for vmm in vmms {
-            failures += boot_once(&image, *vmm, args, round, &mut samples)?;
+            failures += boot_once(&image, *vmm, args, round, &mut samples, true)?;
         }
     }
     print_summary(vmms, &samples);
@@ -168,6 +168,7 @@ fn boot_once(
     args: &Args,
     round: u64,
     samples: &mut BTreeMap<String, Vec<Sample>>,
+    retry: bool,
 ) -> Result<u64> {
     let words = vmm.command(args);
     ensure!(
@@ -205,8 +206,14 @@ fn boot_once(
         other if args.dmesg => emulated_host::show(&other),
         _ => {}
     })?;
-    if let Outcome::Died { reason, .. } = outcome {
-        bail!("the emulated host failed: {reason}");
+    match outcome {
+        // See `emulated_host::scenarios`.
+        Outcome::Died { hung: true, .. } if retry => {
+            println!("again: the emulated host hangs; once more in a new one");
+            return boot_once(image, vmm, args, round, samples, false);
+        }
+        Outcome::Died { reason, .. } => bail!("the emulated host failed: {reason}"),
+        Outcome::Done => {}
     }
     Ok(failures)
 }

@@ -4,6 +4,8 @@ use std::fmt::Write as _;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
+    /// Nothing but that the emulated host still runs; every few seconds.
+    Alive,
     /// The agent runs, KVM is loaded; the text says what was found.
     Ready(String),
     /// A job begins; the host side may wait that many seconds for its end.
@@ -43,6 +45,7 @@ impl Event {
     /// One line without its end.
     pub fn encode(&self) -> String {
         match self {
+            Event::Alive => "alive".to_owned(),
             Event::Ready(what) => join(&["ready", &escape(what.as_bytes())]),
             Event::Start { job, limit } => join(&["start", &escape(job.as_bytes()), &limit.to_string()]),
             Event::Console(bytes) => join(&["console", &escape(bytes)]),
@@ -77,6 +80,7 @@ impl Event {
         let kind = fields.next()?;
         let mut bytes = || fields.next().map(unescape);
         let event = match kind {
+            "alive" => Event::Alive,
             "ready" => Event::Ready(text(bytes()?)),
             "start" => Event::Start {
                 job: text(bytes()?),

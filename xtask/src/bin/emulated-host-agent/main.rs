@@ -29,6 +29,7 @@ fn main() {
     }
     let result = host::prepare().and_then(|()| {
         let report = Report::open()?;
+        report.keep_saying_alive()?;
         let outcome = jobs(&report);
         if let Err(error) = &outcome {
             let text = format!("{error:#}").into_bytes();

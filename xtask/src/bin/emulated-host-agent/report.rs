@@ -6,11 +6,14 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use harness::protocol::Event;
 
 const PORT: &str = "/dev/ttyS1";
+/// The host side takes ten of these without a word for a hang.
+const HEARTBEAT: Duration = Duration::from_secs(4);
 
 pub struct Report {
     port: File,
@@ -32,6 +35,21 @@ impl Report {
         line.push('\n');
         // A report that cannot be sent leaves nobody to tell; the host side's time limits deal with it.
         let _ = (&self.port).write_all(line.as_bytes());
+    }
+
+    /// Says every few seconds that this host still runs, whatever its jobs do.
+    pub fn keep_saying_alive(&self) -> Result<()> {
+        let report = Self {
+            port: self.port.try_clone()?,
+        };
+        // A write to a terminal is whole, so lines of two threads do not mix.
+        thread::spawn(move || {
+            loop {
+                thread::sleep(HEARTBEAT);
+                report.send(&Event::Alive);
+            }
+        });
+        Ok(())
     }
 
     pub fn flush(&self) {
