@@ -76,6 +76,59 @@ fn loom_three_asks_with_hand_over() {
 }
 
 #[test]
+fn loom_what_a_holder_hands_over_is_served() {
+    // A holder whose budget is used up while a post and an ask of others are left gives the token to the asker, and
+    // the post's bit with it: if it did not, the post would lie in its lane for ever.
+    explore(2, || {
+        let address = adder(4);
+        let (mut a, mut b, mut c) = (
+            address.connect().unwrap(),
+            address.connect().unwrap(),
+            address.connect().unwrap(),
+        );
+        let poster = thread::spawn(move || b.post(10).unwrap());
+        let asker = thread::spawn(move || c.ask(100).unwrap());
+        a.ask(1).unwrap();
+        poster.join().unwrap();
+        asker.join().unwrap();
+        // Nobody holds the token now, so nothing may be left in any lane.
+        assert_eq!(address.connect().unwrap().ask(0).unwrap().0, 111);
+    });
+}
+
+/// Shows outside what it has handled, with no ordering of its own.
+struct Shows(std::sync::Arc<loom::sync::atomic::AtomicBool>);
+
+impl Actor for Shows {
+    type Message = bool;
+    type Reply = ();
+    const RANK: Rank = Rank::Device;
+
+    fn handle(&mut self, show: bool) {
+        if show {
+            self.0.store(true, loom::sync::atomic::Ordering::Relaxed);
+        }
+    }
+}
+
+#[test]
+fn loom_a_fence_comes_after_the_turn_and_not_after_the_taking() {
+    explore(3, || {
+        let shown = std::sync::Arc::new(loom::sync::atomic::AtomicBool::new(false));
+        let address = Address::spawn(Shows(shown.clone()), "shows", Placement::Handoff, 2, |_| {})
+            .expect("no thread is started")
+            .address;
+        let (mut a, mut b) = (address.connect().unwrap(), address.connect().unwrap());
+        // May hold the token, and so run the other's post.
+        let other = thread::spawn(move || b.ask(false).unwrap());
+        a.post(true).unwrap();
+        a.fence().unwrap();
+        assert!(shown.load(loom::sync::atomic::Ordering::Relaxed));
+        other.join().unwrap();
+    });
+}
+
+#[test]
 fn loom_posts_keep_their_order_and_none_is_lost() {
     explore(3, || {
         let address = adder(2);

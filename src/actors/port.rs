@@ -103,6 +103,7 @@ impl<A: Actor> Address<A> {
                 return Some(Port {
                     core: self.core.clone(),
                     lane: index,
+                    stopped: false,
                 });
             }
         }
@@ -125,6 +126,8 @@ impl<A: Actor> Address<A> {
 pub struct Port<A: Actor> {
     core: Arc<Core<A>>,
     lane: usize,
+    /// A stop was left behind: nothing goes behind it.
+    stopped: bool,
 }
 
 impl<A: Actor> Port<A> {
@@ -198,6 +201,10 @@ impl<A: Actor> Port<A> {
     /// # Errors
     /// `Err(Some(message))` without credits; `Err(None)` when the actor has ended.
     pub fn try_post(&mut self, message: A::Message) -> Result<(), Option<A::Message>> {
+        // Nobody empties the lanes of a closed actor, so this comes first.
+        if self.stopped || self.core.word.load(Ordering::Relaxed) & CLOSED != 0 {
+            return Err(None);
+        }
         if self.core.lanes[self.lane].backlog() >= LANE_CREDITS {
             return Err(Some(message));
         }
@@ -227,9 +234,10 @@ impl<A: Actor> Port<A> {
     /// Ends the actor, after what this port has sent before. Does not wait, so it can be used on an actor that may
     /// be stuck.
     pub fn stop_later(&mut self) {
-        // The slot beyond the credits is free, as nobody waits on this lane, unless a stop is in it already.
-        if self.core.lanes[self.lane].backlog() <= LANE_CREDITS {
-            let _ = self.leave(Envelope::Stop);
+        // The slot beyond the credits is free, as nobody waits on this lane. What would come behind a stop is refused
+        // here, so the stop is the last thing in the lane and keeps its slot.
+        if !std::mem::replace(&mut self.stopped, true) {
+            let _ = self.push(Envelope::Stop);
         }
     }
 
@@ -240,6 +248,13 @@ impl<A: Actor> Port<A> {
 
     /// Puts an envelope into the lane and sees to it that somebody serves it.
     fn leave(&mut self, envelope: Envelope<A::Message>) -> Result<(), Closed> {
+        if self.stopped {
+            return Err(Closed);
+        }
+        self.push(envelope)
+    }
+
+    fn push(&mut self, envelope: Envelope<A::Message>) -> Result<(), Closed> {
         let core = &*self.core;
         // Nobody empties the lanes of a closed actor: without this look a persistent sender would fill its own.
         if core.word.load(Ordering::Relaxed) & CLOSED != 0 {

@@ -243,6 +243,40 @@ fn posts_to_a_busy_actor_do_not_wait_and_are_bounded() {
     }
 }
 
+#[test]
+fn nothing_goes_behind_a_stop_that_was_left() {
+    let (go, gate) = crossbeam_channel::unbounded();
+    let spawned = Address::spawn(Stuck(gate), "stuck", Placement::Thread, 1, |_| {}).unwrap();
+    let mut port = spawned.address.connect().unwrap();
+    // The first is stuck in its turn or still in the lane; the lane is full either way.
+    while port.try_post(()).is_ok() {}
+    port.stop_later();
+    port.stop_later();
+    for _ in 0..3 {
+        assert_eq!(port.post(()), Err(Closed));
+        assert_eq!(port.ask(()), Err(Closed));
+        assert_eq!(port.try_post(()), Err(None));
+    }
+    drop(go);
+    spawned.thread.unwrap().join().unwrap();
+    assert!(spawned.address.is_closed());
+}
+
+#[test]
+fn a_full_lane_of_a_closed_actor_says_closed() {
+    let (go, gate) = crossbeam_channel::unbounded();
+    let spawned = Address::spawn(Stuck(gate), "stuck", Placement::Thread, 2, |_| {}).unwrap();
+    let (mut full, mut other) = (
+        spawned.address.connect().unwrap(),
+        spawned.address.connect().unwrap(),
+    );
+    other.stop_later();
+    drop(go);
+    spawned.thread.unwrap().join().unwrap();
+    while full.try_post(()) == Err(Some(())) {}
+    assert_eq!(full.try_post(()), Err(None));
+}
+
 /// Asks another actor in its turn.
 struct Relay(Port<Recorder>);
 

@@ -8,6 +8,7 @@ use crate::host::events::{Deliver, Gate};
 use crate::vcpu::route::Reach;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use std::hint::spin_loop;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// Requests that wait for one device: as many as a lane of ours has, for the comparison's sake.
 const REQUESTS: usize = 32;
@@ -32,8 +33,13 @@ pub struct ChannelAddress(Sender<Request>);
 pub fn start(mut shell: Shell, name: &str) -> std::io::Result<ChannelAddress> {
     let (sender, requests): (_, Receiver<Request>) = bounded(REQUESTS);
     crate::thread::spawn(format!("dev:{name}"), move || {
+        let mut alive = true;
         for Request { message, reply } in requests {
-            let value = shell.handle(message);
+            // A device that panicked drives nothing, as everywhere.
+            let turn = AssertUnwindSafe(|| shell.handle(message));
+            let value = if alive { catch_unwind(turn).ok() } else { None };
+            alive &= value.is_some();
+            let value = value.unwrap_or(u64::MAX);
             if let Some(reply) = reply {
                 // An asker that is gone does not care.
                 let _ = reply.send(value);

@@ -22,7 +22,11 @@ const PROBE_LIMIT: Duration = Duration::from_secs(3);
 /// What became of a probe.
 enum Verdict {
     Works,
+    /// KVM interprets the guest and does not know the instruction.
+    Unknown,
     Fails(String),
+    /// The user has had enough.
+    Interrupted(u8),
 }
 
 fn try_probe(probe: &Probe) -> Verdict {
@@ -41,12 +45,13 @@ fn try_probe(probe: &Probe) -> Verdict {
     };
     match supervisor::run(&config, &Logger::root(Discard, o!())) {
         Ok(Outcome::GuestExit(1)) => Verdict::Works,
-        Ok(Outcome::InternalError(diagnosis)) => Verdict::Fails(match &diagnosis.cause {
-            Cause::Exit(Exit::InternalError(error)) if error.suberror == 1 => "KVM cannot emulate it".into(),
-            Cause::Exit(exit) => exit.to_string(),
-            Cause::Run(errno) => format!("KVM_RUN: {}", errno.desc()),
-            Cause::Panic(text) => text.clone(),
-        }),
+        Ok(Outcome::InternalError(diagnosis)) => match &diagnosis.cause {
+            Cause::Exit(Exit::InternalError(error)) if error.suberror == 1 => Verdict::Unknown,
+            Cause::Exit(exit) => Verdict::Fails(exit.to_string()),
+            Cause::Run(errno) => Verdict::Fails(format!("KVM_RUN: {}", errno.desc())),
+            Cause::Panic(text) => Verdict::Fails(text.clone()),
+        },
+        Ok(outcome @ Outcome::Signal(_)) => Verdict::Interrupted(outcome.status()),
         Ok(Outcome::TimedOut(_)) => Verdict::Fails("the guest hangs in it".into()),
         Ok(outcome) => Verdict::Fails(outcome.to_string()),
         Err(error) => Verdict::Fails(super::chain(&error)),
@@ -131,26 +136,40 @@ pub fn run() -> u8 {
         );
         return status::HOST_TROUBLE;
     }
-    if let Verdict::Fails(why) = try_probe(&NOTHING) {
-        println!("{:<27} no   {why}", NOTHING.name);
-        println!("\nNot even the smallest guest runs here; see the host's kernel log (dmesg).");
-        return status::HOST_TROUBLE;
-    }
-    println!("{:<27} yes", NOTHING.name);
-    let mut failed = Vec::new();
-    for probe in &INSTRUCTIONS {
-        match try_probe(probe) {
-            Verdict::Works => println!("{:<27} yes  in ring 0, for {}", probe.name, probe.needed_for),
-            Verdict::Fails(why) => {
-                println!(
-                    "{:<27} no   in ring 0, for {}: {why}",
-                    probe.name, probe.needed_for
-                );
-                failed.push(probe.name);
-            }
+    match try_probe(&NOTHING) {
+        Verdict::Works => println!("{:<27} yes", NOTHING.name),
+        Verdict::Interrupted(status) => return status,
+        Verdict::Unknown | Verdict::Fails(_) => {
+            println!("{:<27} no", NOTHING.name);
+            println!("\nNot even the smallest guest runs here; see the host's kernel log (dmesg).");
+            return status::HOST_TROUBLE;
         }
     }
-    if failed.is_empty() {
+    let (mut unknown, mut failed) = (Vec::new(), Vec::new());
+    for probe in INSTRUCTIONS.iter().filter(|probe| (probe.offered)()) {
+        let (name, why) = (probe.name, probe.needed_for);
+        match try_probe(probe) {
+            Verdict::Works => println!("{name:<27} yes  in ring 0, for {why}"),
+            Verdict::Unknown => {
+                println!("{name:<27} no   in ring 0, for {why}: KVM cannot emulate it");
+                unknown.push(name);
+            }
+            Verdict::Fails(how) => {
+                println!("{name:<27} no   in ring 0, for {why}: {how}");
+                failed.push(name);
+            }
+            Verdict::Interrupted(status) => return status,
+        }
+    }
+    if !failed.is_empty() {
+        println!(
+            "\nSomething is wrong with this host's KVM: {} should work on its processor. See its kernel log (dmesg);\n\
+             stock Linux kernels are not to be relied on here.",
+            failed.join(", ")
+        );
+        return status::HOST_TROUBLE;
+    }
+    if unknown.is_empty() {
         println!("\nThis host can run stock Linux kernels.");
         return 0;
     }
@@ -159,7 +178,7 @@ pub fn run() -> u8 {
          Stock Linux kernels cannot boot here; bare-metal guests that do without can (try `actor-vmm run --demo`).\n\
          To run stock kernels, use a host whose processor has VMX or SVM, or emulate one (`cargo xtask boot` in the\n\
          source tree does).",
-        failed.join(", ")
+        unknown.join(", ")
     );
     status::HOST_TROUBLE
 }

@@ -108,6 +108,8 @@ pub struct Probe {
     pub name: &'static str,
     /// What stock kernels need it for.
     pub needed_for: &'static str,
+    /// Whether the host's processor has it at all; what it does not offer is not missing.
+    pub offered: fn() -> bool,
     code: fn() -> &'static [u8],
 }
 
@@ -126,35 +128,40 @@ impl Probe {
 pub const NOTHING: Probe = Probe {
     name: "a 64-bit guest",
     needed_for: "everything",
+    offered: || true,
     code: nothing,
 };
 
-/// What stock kernels use in ring 0 and a software KVM may lack. `feature` bits are checked by whoever runs these:
-/// an instruction that the processor does not offer is not missing.
+/// What stock kernels use in ring 0 and a software KVM may lack.
 pub const INSTRUCTIONS: [Probe; 5] = [
     Probe {
         name: "int3",
         needed_for: "patching of running code",
+        offered: || true,
         code: int3,
     },
     Probe {
         name: "cmpxchg16b",
         needed_for: "the memory allocator",
+        offered: || is_x86_feature_detected!("cmpxchg16b"),
         code: cmpxchg16b,
     },
     Probe {
         name: "xsave",
         needed_for: "switching tasks",
+        offered: || is_x86_feature_detected!("xsave"),
         code: xsave,
     },
     Probe {
         name: "SSE",
         needed_for: "checksums and encryption",
+        offered: || true,
         code: sse,
     },
     Probe {
         name: "popcnt",
         needed_for: "bitmaps",
+        offered: || is_x86_feature_detected!("popcnt"),
         code: popcnt,
     },
 ];

@@ -61,6 +61,9 @@ pub enum ConsoleError {
     /// The host gives no pseudo-terminal.
     #[error("the host gives no pseudo-terminal for the console")]
     Pty(#[source] std::io::Error),
+    /// Two consoles on one place.
+    #[error("--console and --debug-console both go to {0}; send one of them elsewhere")]
+    Same(String),
     /// A descriptor is missing.
     #[error(
         "stdin and stdout cannot be used for the console (is one closed, or ulimit -n too low?); --console sends it \
@@ -85,7 +88,39 @@ pub struct Console {
     pub comes_and_goes: bool,
 }
 
+/// Whether both would write to one place, over each other.
+///
+/// # Errors
+/// [`ConsoleError::Same`].
+pub fn check_distinct(console: &ConsoleKind, debug: &ConsoleKind) -> Result<(), ConsoleError> {
+    match (console, debug) {
+        (ConsoleKind::Stdio, ConsoleKind::Stdio) => Err(ConsoleError::Same("stdio".into())),
+        (ConsoleKind::File(one), ConsoleKind::File(other)) => {
+            // One file may have two names; one that does not exist yet has the name alone.
+            let place = |path: &PathBuf| std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
+            if place(one) == place(other) {
+                return Err(ConsoleError::Same(one.display().to_string()));
+            }
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}
+
 impl Console {
+    /// Opens a console for output alone: the debug console's port has no input.
+    ///
+    /// # Errors
+    /// See [`ConsoleError`].
+    pub fn open_output(kind: &ConsoleKind) -> Result<Console, ConsoleError> {
+        let mut console = Console::open(kind)?;
+        if !console.comes_and_goes {
+            console.input = None;
+        }
+        console.interactive = false;
+        Ok(console)
+    }
+
     /// Opens a console.
     ///
     /// # Errors
@@ -122,12 +157,13 @@ impl Console {
             }
             ConsoleKind::Stdio => {
                 // Copies, so that closing the console does not close what the program was given.
-                let input = std::io::stdin()
-                    .as_fd()
-                    .try_clone_to_owned()
-                    .map_err(ConsoleError::Stdio)?;
+                let stdin = std::io::stdin();
+                let input = match reopen(stdin.as_fd(), true) {
+                    Some(input) => input,
+                    None => stdin.as_fd().try_clone_to_owned().map_err(ConsoleError::Stdio)?,
+                };
                 let stdout = std::io::stdout();
-                let output = match reopen(stdout.as_fd()) {
+                let output = match reopen(stdout.as_fd(), false) {
                     Some(output) => output,
                     None => stdout.as_fd().try_clone_to_owned().map_err(ConsoleError::Stdio)?,
                 };
@@ -181,17 +217,19 @@ impl Console {
     }
 }
 
-/// Another open file description of a terminal or a pipe that we write to, with O_NONBLOCK. A terminal that polls as
-/// writable can still block a write that is larger than its room, and so can a pipe that others write to. The flag
+/// Another open file description of a terminal or a pipe, with O_NONBLOCK. A terminal that polls as writable can still
+/// block a write that is larger than its room, and so can a pipe that others write to; what polls as readable, a read
+/// after somebody else has read it. The flag
 /// must not be set on what we were given: it would be set for everyone who shares that, our shell included.
-fn reopen(fd: BorrowedFd<'_>) -> Option<OwnedFd> {
+fn reopen(fd: BorrowedFd<'_>, read: bool) -> Option<OwnedFd> {
     let kind = SFlag::from_bits_truncate(fstat(fd).ok()?.st_mode) & SFlag::S_IFMT;
     if kind != SFlag::S_IFIFO && !fd.is_terminal() {
         return None;
     }
     // Where it cannot be had (no /proc, the terminal of another user), the one we were given must do.
     OpenOptions::new()
-        .write(true)
+        .read(read)
+        .write(!read)
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
         .open(format!("/proc/self/fd/{}", fd.as_raw_fd()))
         .ok()

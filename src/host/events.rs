@@ -24,9 +24,10 @@ use nix::sys::time::TimeSpec;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::backend::SignalDelivery;
 use signal_hook::iterator::exfiltrator::SignalOnly;
-use slog::{Logger, error, info};
+use slog::{Logger, error, info, warn};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// After the last output the loop looks for more at this interval before it rests and must be woken by a system
@@ -147,14 +148,49 @@ const ENDING: [i32; 4] = [SIGINT, SIGTERM, SIGHUP, SIGQUIT];
 /// Where signals arrive.
 pub type Signals = SignalDelivery<UnixStream, SignalOnly>;
 
-/// Starts to collect signals. Before any thread is started that could be killed by one.
+/// Starts to collect signals. Before any thread is started that could be killed by one. A hang-up that whoever started
+/// us ignores (nohup) stays ignored.
 ///
 /// # Errors
 /// What the host says.
 pub fn collect_signals() -> std::io::Result<Signals> {
     let (read, write) = UnixStream::pair()?;
     read.set_nonblocking(true)?;
-    SignalDelivery::with_pipe(read, write, SignalOnly, ENDING)
+    let wanted: Vec<i32> = ENDING
+        .into_iter()
+        .filter(|signal| *signal != SIGHUP || !is_ignored(SIGHUP))
+        .collect();
+    unblock(&wanted)?;
+    SignalDelivery::with_pipe(read, write, SignalOnly, &wanted)
+}
+
+/// Lets signals through on this thread, and on those that it starts. A program inherits its mask.
+///
+/// # Errors
+/// What the host says.
+pub fn unblock(signals: &[i32]) -> std::io::Result<()> {
+    // SAFETY: an all-zero set is valid for sigemptyset to overwrite, and each call gets a pointer to it alone.
+    let failed = unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        for signal in signals {
+            libc::sigaddset(&mut set, *signal);
+        }
+        libc::pthread_sigmask(libc::SIG_UNBLOCK, &set, std::ptr::null_mut())
+    };
+    if failed == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::from_raw_os_error(failed))
+    }
+}
+
+fn is_ignored(signal: i32) -> bool {
+    // SAFETY: with a null new action this only fills `now`, which is plain data.
+    unsafe {
+        let mut now: libc::sigaction = std::mem::zeroed();
+        libc::sigaction(signal, std::ptr::null(), &mut now) == 0 && now.sa_sigaction == libc::SIG_IGN
+    }
 }
 
 impl EventLoop {
@@ -218,6 +254,9 @@ impl Running {
             if let Some(until) = self.until
                 && (!self.lines.iter().any(Line::has_work) || Instant::now() >= until)
             {
+                for line in &mut self.lines {
+                    line.tell_losses(&self.log);
+                }
                 return;
             }
             let fired = self.sleep(&mut signals);
@@ -354,6 +393,22 @@ impl Line {
         self.device.end.has_output() && !self.nobody_listens()
     }
 
+    /// What the guest sent and nobody got.
+    fn tell_losses(&mut self, log: &Logger) {
+        let unread = if self.nobody_listens() {
+            0
+        } else {
+            self.device.end.output().len() as u64
+        };
+        let lost = self.device.end.dropped() + unread;
+        if lost > 0 {
+            warn!(
+                log,
+                "{lost} bytes of the guest's output to {} are lost", self.device.console.name
+            );
+        }
+    }
+
     fn nobody_listens(&self) -> bool {
         self.device.console.output().is_none() || !self.connected
     }
@@ -481,11 +536,21 @@ impl Line {
     }
 }
 
-/// The terminal may not take it now, and the event loop must not wait for it.
+/// The terminal may not take it now, and the event loop must not wait for it. One at a time: a terminal that nobody
+/// reads must not collect threads.
 fn print_help() {
-    let print = || hostlog::print(HELP.trim_end());
-    // A host without threads shows no help.
-    let _ = std::thread::Builder::new().name("help".into()).spawn(print);
+    static UNDER_WAY: AtomicBool = AtomicBool::new(false);
+    if UNDER_WAY.swap(true, Ordering::AcqRel) {
+        return;
+    }
+    let print = || {
+        hostlog::print(HELP.trim_end());
+        UNDER_WAY.store(false, Ordering::Release);
+    };
+    if crate::thread::spawn("help", print).is_err() {
+        // A host without threads shows no help.
+        UNDER_WAY.store(false, Ordering::Release);
+    }
 }
 
 /// The terminal is raw while the guest has it.

@@ -1,7 +1,8 @@
 //! The terminal's raw mode, and its end on every way out.
 //!
-//! Whatever ends the program (a return, an error, a panic, a signal that we handle) goes through [`restore`]. Only
-//! SIGKILL cannot be answered.
+//! Whatever ends the program goes through [`restore`]: a return, an error, a panic, a signal that the machine answers,
+//! and one that would end or stop the program by default, whose handler restores and then does what the default is.
+//! SIGKILL and SIGSTOP cannot be answered; SIGSEGV, SIGILL and SIGFPE, bugs of ours, are not.
 
 use nix::sys::termios::{self, SetArg, Termios};
 use std::io::IsTerminal;
@@ -10,11 +11,13 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// How the terminal was before; set once.
-static BEFORE: OnceLock<Termios2> = OnceLock::new();
+static BEFORE: OnceLock<Settings> = OnceLock::new();
+/// How it is while it is raw; set once.
+static RAW_SETTINGS: OnceLock<Settings> = OnceLock::new();
 static RAW: AtomicBool = AtomicBool::new(false);
 
 /// The C structure, which unlike nix's wrapper (a `RefCell`) can be shared.
-struct Termios2(libc::termios);
+struct Settings(libc::termios);
 
 fn stdin() -> BorrowedFd<'static> {
     // SAFETY: descriptor 0 is never closed by this program.
@@ -36,7 +39,7 @@ impl Raw {
             return None;
         }
         let before = termios::tcgetattr(stdin()).ok()?;
-        let _ = BEFORE.set(Termios2(before.clone().into()));
+        let _ = BEFORE.set(Settings(before.clone().into()));
         let mut raw = before;
         termios::cfmakeraw(&mut raw);
         // Set before the change, so that a panic in between restores.
@@ -45,6 +48,8 @@ impl Raw {
             RAW.store(false, Ordering::SeqCst);
             return None;
         }
+        let _ = RAW_SETTINGS.set(Settings(raw.into()));
+        restore_on_default_ends();
         Some(Raw(()))
     }
 }
@@ -67,5 +72,46 @@ pub fn restore() {
     {
         let before = Termios::from(before.0);
         let _ = termios::tcsetattr(stdin(), SetArg::TCSANOW, &before);
+    }
+}
+
+/// Signals that end a program by default, but for those that the machine answers and those that cannot be answered.
+const ENDS: [i32; 9] = [
+    libc::SIGABRT,
+    libc::SIGALRM,
+    libc::SIGBUS,
+    libc::SIGSYS,
+    libc::SIGTRAP,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+    libc::SIGVTALRM,
+    libc::SIGXCPU,
+];
+
+fn restore_on_default_ends() {
+    static DONE: AtomicBool = AtomicBool::new(false);
+    if DONE.swap(true, Ordering::SeqCst) {
+        return;
+    }
+    for signal in ENDS.into_iter().chain([libc::SIGTSTP]) {
+        // SAFETY: the handler calls tcsetattr and what emulates the default action, both async-signal-safe, and reads
+        // cells that were set before; it takes no lock and allocates nothing. A signal that cannot be answered stays
+        // as it is.
+        let _ = unsafe { signal_hook::low_level::register(signal, move || default_end(signal)) };
+    }
+}
+
+fn default_end(signal: i32) {
+    let was_raw = is_raw();
+    restore();
+    let _ = signal_hook::low_level::emulate_default_handler(signal);
+    // Stopped, and continued. A shell that continued us in the background would stop us again (SIGTTOU): it gave us
+    // the terminal if it brought us back to the foreground, and only then is it ours to change.
+    if was_raw
+        && nix::unistd::tcgetpgrp(stdin()) == Ok(nix::unistd::getpgrp())
+        && let Some(raw) = RAW_SETTINGS.get()
+    {
+        RAW.store(true, Ordering::SeqCst);
+        let _ = termios::tcsetattr(stdin(), SetArg::TCSANOW, &Termios::from(raw.0));
     }
 }

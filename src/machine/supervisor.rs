@@ -20,7 +20,7 @@ use crate::devices::MachineRequest;
 use crate::devices::rtc::MemorySize;
 use crate::devices::shell::InterruptLine;
 use crate::host::character::Waker;
-use crate::host::console::{Console, ConsoleError, ConsoleKind};
+use crate::host::console::{self, Console, ConsoleError, ConsoleKind};
 use crate::host::events::{
     self, CharacterDevice, EventLoop, EventLoopHandle, HostEvent, Signals, TimedDevice,
 };
@@ -95,6 +95,9 @@ pub enum StartError {
         /// As given.
         name: String,
     },
+    /// Baselines have no placements.
+    #[error("--placement places actors, and with --dispatch {0} there are none")]
+    PlacementWithoutActors(Dispatch),
     /// Too many or no vCPUs.
     #[error("--cpus must be 1 to {MAX_CPUS}, not {0}")]
     Cpus(usize),
@@ -122,6 +125,8 @@ impl StartError {
             self,
             StartError::Boot(_)
                 | StartError::NoSuchDevice { .. }
+                | StartError::PlacementWithoutActors(_)
+                | StartError::Console(ConsoleError::Same(_))
                 | StartError::Cpus(_)
                 | StartError::Console(ConsoleError::File { .. })
                 | StartError::Image
@@ -205,7 +210,7 @@ where
 {
     config.check()?;
     let console = Console::open(&config.console)?;
-    let debug_console = Console::open(&config.debug_console)?;
+    let debug_console = Console::open_output(&config.debug_console)?;
     for console in [&console, &debug_console] {
         if console.comes_and_goes {
             // A person must find it whatever the log level is.
@@ -324,6 +329,10 @@ impl MachineConfig {
     fn check(&self) -> Result<(), StartError> {
         if !(1..=MAX_CPUS).contains(&self.cpus) {
             return Err(StartError::Cpus(self.cpus));
+        }
+        console::check_distinct(&self.console, &self.debug_console)?;
+        if self.dispatch != Dispatch::Actor && !self.placements.is_empty() {
+            return Err(StartError::PlacementWithoutActors(self.dispatch));
         }
         match self
             .placements

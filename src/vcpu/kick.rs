@@ -141,16 +141,23 @@ impl Default for ThreadSignal {
 impl Signal for ThreadSignal {
     fn send(&self) {
         let tid = self.tid.load(std::sync::atomic::Ordering::Acquire);
-        // SAFETY: tgkill takes numbers only. The thread exists: it set its id before its first `enter`, without
-        // which nobody signals, and it waits in `gone` for us.
-        unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, kick_signal()) };
+        // A real-time signal is queued, and the queue has a limit that other processes of the user fill too
+        // (RLIMIT_SIGPENDING). A standard signal is only marked as pending and cannot fail so.
+        for signal in kick_signals() {
+            // SAFETY: tgkill takes numbers only. The thread exists: it set its id before its first `enter`, without
+            // which nobody signals, and it waits in `gone` for us.
+            if unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, signal) } == 0 {
+                return;
+            }
+        }
     }
 }
 
-/// The signal used for kicks: the first real-time signal that the C library leaves to programs. Real-time, because
-/// nobody else sends those by accident.
-pub fn kick_signal() -> i32 {
-    libc::SIGRTMIN()
+/// The signals used for kicks, in the order in which they are tried: the first real-time signal that the C library
+/// leaves to programs, because nobody else sends that by accident; and one that no hardware of this kind has raised
+/// since the 387.
+pub fn kick_signals() -> [i32; 2] {
+    [libc::SIGRTMIN(), libc::SIGSTKFLT]
 }
 
 thread_local! {
@@ -158,14 +165,22 @@ thread_local! {
     static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(std::ptr::null_mut()) };
 }
 
-/// Installs the kick's signal handler, once a process.
+/// Installs the kick's signal handler, once a process, and lets its signals through on this thread and on those that
+/// it starts, whatever mask the program was started with.
 ///
 /// # Errors
 /// What sigaction says.
 pub fn install_handler() -> std::io::Result<()> {
-    // SAFETY: the handler reads a const-initialised thread-local without destructor (static TLS, no allocation) and
-    // stores one byte: both async-signal-safe.
-    unsafe { signal_hook::low_level::register(kick_signal(), on_kick) }.map(|_| ())
+    static INSTALLED: std::sync::OnceLock<()> = std::sync::OnceLock::new();
+    if INSTALLED.get().is_none() {
+        for signal in kick_signals() {
+            // SAFETY: the handler reads a const-initialised thread-local without destructor (static TLS, no
+            // allocation) and stores one byte: both async-signal-safe.
+            unsafe { signal_hook::low_level::register(signal, on_kick) }?;
+        }
+        let _ = INSTALLED.set(());
+    }
+    crate::host::events::unblock(&kick_signals())
 }
 
 fn on_kick() {
@@ -213,17 +228,31 @@ mod models {
     use loom::thread;
 
     /// Stands for "interrupted": the guest's stay ends when it is set.
-    struct Flag(Arc<Futex>);
+    struct Flag {
+        interrupted: Arc<Futex>,
+        /// Whether the thread that is signalled exists: its id may be another's afterwards.
+        alive: Arc<Futex>,
+    }
 
     impl Signal for Flag {
         fn send(&self) {
-            self.0.store(1, Ordering::SeqCst);
-            self.0.wake();
+            assert_eq!(
+                self.alive.load(Ordering::SeqCst),
+                1,
+                "a signal to a thread that has ended"
+            );
+            self.interrupted.store(1, Ordering::SeqCst);
+            self.interrupted.wake();
         }
     }
 
     /// Runs a guest that never leaves by itself until it has seen `wanted` messages.
-    fn run_until(receiver: &KickReceiver<Flag>, flag: &Futex, mailbox: &Shared, wanted: u32) {
+    fn run_until(
+        receiver: &KickReceiver<Flag>,
+        (flag, alive): &(Arc<Futex>, Arc<Futex>),
+        mailbox: &Shared,
+        wanted: u32,
+    ) {
         loop {
             if receiver.enter() {
                 while flag.load(Ordering::SeqCst) == 0 {
@@ -235,6 +264,7 @@ mod models {
             // Relaxed on purpose: the kick alone must make the message visible.
             if mailbox.load(Ordering::Relaxed) == wanted {
                 receiver.gone();
+                alive.store(0, Ordering::SeqCst);
                 return;
             }
         }
@@ -243,8 +273,9 @@ mod models {
     #[test]
     fn loom_a_kick_is_never_lost() {
         loom::model(|| {
-            let flag = Arc::new(Futex::new(0));
-            let (handle, receiver) = kick(Flag(flag.clone()));
+            let (interrupted, alive) = (Arc::new(Futex::new(0)), Arc::new(Futex::new(1)));
+            let flag = (interrupted.clone(), alive.clone());
+            let (handle, receiver) = kick(Flag { interrupted, alive });
             let mailbox = Arc::new(Shared::new(0));
             let inbox = mailbox.clone();
             let vcpu = thread::spawn(move || run_until(&receiver, &flag, &inbox, 1));
@@ -261,8 +292,9 @@ mod models {
         let mut builder = loom::model::Builder::new();
         builder.preemption_bound = Some(3);
         builder.check(|| {
-            let flag = Arc::new(Futex::new(0));
-            let (handle, receiver) = kick(Flag(flag.clone()));
+            let (interrupted, alive) = (Arc::new(Futex::new(0)), Arc::new(Futex::new(1)));
+            let flag = (interrupted.clone(), alive.clone());
+            let (handle, receiver) = kick(Flag { interrupted, alive });
             let mailbox = Arc::new(Shared::new(0));
             let inbox = mailbox.clone();
             let vcpu = thread::spawn(move || run_until(&receiver, &flag, &inbox, 2));

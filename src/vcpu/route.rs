@@ -337,8 +337,13 @@ impl<R: Reach> Accesses for RoutingTable<R> {
                     .ask(device, access)
                     .map_or(width.all_ones(), |value| value & width.all_ones())
             }
-            // No message, no count of references: nothing shared is written.
-            Target::Published(word) => word.read(access, self.clock.now()) & width.all_ones(),
+            // No message, no count of references: nothing shared is written. Posts come first here too.
+            Target::Published(word) => {
+                if let Some(posted) = self.posted.take() {
+                    self.reach.fence(posted);
+                }
+                word.read(access, self.clock.now()) & width.all_ones()
+            }
         }
     }
 
