@@ -11,7 +11,7 @@ use std::fmt::Write;
 const WIDTH: f64 = 560.0;
 const HEIGHT: f64 = 360.0;
 /// Around the area of a plot: left, top, right, bottom.
-const MARGIN: (f64, f64, f64, f64) = (64.0, 14.0, 16.0, 48.0);
+const MARGIN: (f64, f64, f64, f64) = (64.0, 14.0, 28.0, 48.0);
 
 /// Colour and dashes. Colours of Okabe and Ito, which the colour-blind can tell apart; the same discipline with another
 /// mutex or option is dashed.

@@ -311,10 +311,11 @@ impl Rig<'_> {
             let Outcome {
                 count,
                 latencies,
+                started,
                 waited_ns,
             } = thread.join().expect("a vCPU of the bench does not panic");
             ops += count;
-            waited += waited_ns;
+            waited += waited_ns + self.scale.ns(started.saturating_sub(start) as f64) as u64;
             if let Some(latencies) = latencies {
                 latency.add(latencies).expect("all have the same bounds");
             }
@@ -334,6 +335,9 @@ impl Rig<'_> {
 struct Outcome {
     count: u64,
     latencies: Option<Histogram<u64>>,
+    /// When it saw that accesses count: late, if it had no processor then.
+    started: u64,
+    /// Since then.
     waited_ns: u64,
 }
 
@@ -374,7 +378,7 @@ impl<D: Bus> Vcpu<D> {
         while self.phase.is(WARM) {
             self.step();
         }
-        let waited = waited_ns();
+        let (started, waited) = (ticks(), waited_ns());
         let count = match (&mut latency, pace) {
             (None, _) => self.count(),
             (Some(latency), None) => self.time(latency),
@@ -385,46 +389,56 @@ impl<D: Bus> Vcpu<D> {
         Outcome {
             count,
             latencies: latency,
+            started,
             waited_ns,
         }
     }
 
+    // Each of these does one access at least: a vCPU that had no processor all the time has a rate and a latency too.
+
     fn count(&mut self) -> u64 {
         let mut ops = 0;
-        while self.phase.is(MEASURED) {
+        loop {
             self.step();
             ops += 1;
+            if !self.phase.is(MEASURED) {
+                return ops;
+            }
         }
-        ops
     }
 
     fn time(&mut self, latency: &mut Histogram<u64>) -> u64 {
         let mut ops = 0;
-        while self.phase.is(MEASURED) {
+        loop {
             let start = ticks();
             self.step();
             let took = ticks().saturating_sub(start).saturating_sub(self.overhead);
             latency.saturating_record(took.max(1));
             ops += 1;
+            if !self.phase.is(MEASURED) {
+                return ops;
+            }
         }
-        ops
     }
 
     /// Every access counts from when it was due: one that waits holds up those behind it, and their wait is seen too.
     fn time_paced(&mut self, latency: &mut Histogram<u64>, pace: u64) -> u64 {
         let mut ops = 0;
         let mut due = ticks();
-        let mut done = due;
-        while self.phase.is(MEASURED) {
-            if ticks() < due {
-                spin_loop();
-                continue;
-            }
+        let mut done;
+        loop {
             self.step();
             done = ticks();
-            latency.saturating_record((done - due).saturating_sub(self.overhead).max(1));
+            let took = done.saturating_sub(due).saturating_sub(self.overhead);
+            latency.saturating_record(took.max(1));
             due += pace;
             ops += 1;
+            while ticks() < due && self.phase.is(MEASURED) {
+                spin_loop();
+            }
+            if !self.phase.is(MEASURED) {
+                break;
+            }
         }
         // Those that were due before the last one ended, and came too late for this sample.
         while due < done {
