@@ -6,6 +6,7 @@
 //! * [`vcpu`]: the vCPU actors. Exits, routing, the kick, the KVM and the scripted backend.
 //! * [`devices`]: the devices, each a pure state machine, and the one shell that makes an actor of any of them.
 //! * [`baselines`]: the locks that the actors are compared with; the only place where lock types may be.
+//! * [`bench`]: what the actors are worth against the baselines, measured.
 //! * [`boot`]: from files to guest memory. Kernel formats, boot parameters, ACPI tables, memory map.
 //! * [`machine`]: the supervisor. Guest memory, CPUID, wiring, the machine's states.
 //! * [`host`]: the host's side. Console, terminal, signals, timers, log.
@@ -16,6 +17,7 @@
 
 pub mod actors;
 pub mod baselines;
+pub mod bench;
 pub mod boot;
 pub mod cli;
 pub mod clock;

@@ -1,5 +1,6 @@
 //! The command line: what a user types, turned into a [`MachineConfig`], and an exit status back.
 
+pub mod bench;
 pub mod doctor;
 
 use crate::actors::PlacementKind;
@@ -32,6 +33,8 @@ enum Command {
     Run(Box<Run>),
     /// Tells what this host's KVM can and cannot do.
     Doctor,
+    /// Measures the disciplines of dispatch against each other, with scripted vCPUs: runs on any host.
+    Bench(bench::Bench),
 }
 
 /// As typed by the user; [`Run::resolve`] makes a machine of it.
@@ -289,6 +292,7 @@ pub fn main() -> ExitCode {
     let status = std::panic::catch_unwind(|| match cli.command {
         Command::Run(run) => run.run(),
         Command::Doctor => doctor::run(),
+        Command::Bench(bench) => bench.run(),
     });
     // The hook has told what happened.
     ExitCode::from(status.unwrap_or(status::INTERNAL_ERROR))

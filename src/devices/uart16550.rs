@@ -562,7 +562,7 @@ mod tests {
         assert_eq!((uart.read(RBR_THR_DLL), uart.read(IER_DLM)), (0x34, 0x12));
         uart.write(LCR, 0);
         assert_eq!((uart.read(RBR_THR_DLL), uart.read(IER_DLM)), (0, 0));
-        assert_eq!(uart.cx.sent, []);
+        assert!(uart.cx.sent.is_empty());
     }
 
     #[test]

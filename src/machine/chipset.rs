@@ -34,6 +34,29 @@ pub const DEVICE_NAMES: [&str; 8] = [
     "pci_config",
 ];
 
+/// Devices and the ranges that lead to them: what a discipline of dispatch takes. A machine's come from its
+/// [`Chipset`]; benches bring their own.
+pub struct DeviceSet {
+    /// Names, for `--placement` and the log, and devices; their numbers are their places here.
+    pub devices: Vec<(&'static str, Shell)>,
+    /// Which range is whose.
+    pub routes: RouteMap,
+    /// Guest time.
+    pub clock: Clock,
+}
+
+impl From<Chipset> for DeviceSet {
+    fn from(chipset: Chipset) -> DeviceSet {
+        let routes = chipset.routes();
+        let devices = chipset.devices.into_iter();
+        DeviceSet {
+            devices: devices.map(|wired| (wired.name, wired.shell)).collect(),
+            routes,
+            clock: chipset.clock,
+        }
+    }
+}
+
 /// Where the chipset's interrupt lines lead.
 pub trait Lines {
     /// What can go wrong.

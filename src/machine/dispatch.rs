@@ -4,7 +4,7 @@
 //! [`crate::baselines`].
 
 use super::MachineMessage;
-use super::chipset::{Chipset, Wired};
+use super::chipset::DeviceSet;
 use crate::actors::{Address, Lifecycle, Placement, PlacementKind, Pool, Port, Spawned};
 use crate::baselines::big_lock::{self, BigLockBus, BigLockGate};
 use crate::baselines::channel::{self, ChannelAddress, ChannelReach};
@@ -138,16 +138,16 @@ impl Actors {
     /// # Errors
     /// When the host cannot start a thread.
     pub fn new(
-        chipset: Chipset,
+        set: impl Into<DeviceSet>,
         vcpus: usize,
         placements: &[(String, PlacementKind)],
         machine: &Sender<MachineMessage>,
     ) -> io::Result<Actors> {
-        let routes = chipset.routes();
+        let set = set.into();
         let mut pool = None;
-        let mut devices = Vec::with_capacity(chipset.devices.len());
-        for Wired { shell, name, .. } in chipset.devices {
-            let wanted = placements.iter().rev().find(|(wanted, _)| wanted == name);
+        let mut devices = Vec::with_capacity(set.devices.len());
+        for (name, shell) in set.devices {
+            let wanted = placements.iter().rev().find(|(wanted, _)| *wanted == name);
             let placement = match wanted.map_or(PlacementKind::default(), |(_, kind)| *kind) {
                 PlacementKind::Handoff => Placement::Handoff,
                 PlacementKind::Thread => Placement::Thread,
@@ -168,8 +168,8 @@ impl Actors {
         }
         Ok(Actors {
             devices,
-            routes,
-            clock: chipset.clock,
+            routes: set.routes,
+            clock: set.clock,
         })
     }
 
@@ -252,16 +252,14 @@ impl Channels {
     ///
     /// # Errors
     /// When the host cannot start one.
-    pub fn new(chipset: Chipset, spin: bool) -> io::Result<Channels> {
-        let routes = chipset.routes();
-        let devices = chipset
-            .devices
-            .into_iter()
-            .map(|wired| channel::start(wired.shell, wired.name));
+    pub fn new(set: impl Into<DeviceSet>, spin: bool) -> io::Result<Channels> {
+        let set = set.into();
+        let devices = set.devices.into_iter();
+        let devices = devices.map(|(name, shell)| channel::start(shell, name));
         Ok(Channels {
             devices: devices.collect::<io::Result<_>>()?,
-            routes,
-            clock: chipset.clock,
+            routes: set.routes,
+            clock: set.clock,
             spin,
         })
     }
@@ -293,9 +291,13 @@ pub struct DeviceLocks<M>(Arc<Devices<M>>, usize);
 
 impl<M: Mutex<Shell>> DeviceLocks<M> {
     /// Takes the devices.
-    pub fn new(chipset: Chipset) -> Self {
-        let (routes, clock) = (chipset.routes(), chipset.clock.clone());
-        let shells: Vec<Shell> = chipset.devices.into_iter().map(|wired| wired.shell).collect();
+    pub fn new(set: impl Into<DeviceSet>) -> Self {
+        let DeviceSet {
+            devices,
+            routes,
+            clock,
+        } = set.into();
+        let shells: Vec<Shell> = devices.into_iter().map(|(_, shell)| shell).collect();
         let count = shells.len();
         DeviceLocks(Arc::new(Devices::new(shells, routes, clock)), count)
     }
@@ -325,9 +327,13 @@ pub struct BigLock<M>(Arc<M>, usize);
 
 impl<M: Mutex<big_lock::Machine>> BigLock<M> {
     /// Takes the devices.
-    pub fn new(chipset: Chipset) -> Self {
-        let (routes, clock) = (chipset.routes(), chipset.clock.clone());
-        let shells: Vec<Shell> = chipset.devices.into_iter().map(|wired| wired.shell).collect();
+    pub fn new(set: impl Into<DeviceSet>) -> Self {
+        let DeviceSet {
+            devices,
+            routes,
+            clock,
+        } = set.into();
+        let shells: Vec<Shell> = devices.into_iter().map(|(_, shell)| shell).collect();
         let count = shells.len();
         BigLock(
             Arc::new(M::new(big_lock::Machine::new(shells, routes, clock))),

@@ -415,6 +415,17 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
     }
 }
 
+/// One stay in the guest and its exit, served as a running vCPU serves it, but for the looks at its kick and mailbox:
+/// what benches compare the disciplines with. `false`: the exit is not one that a vCPU just goes on after.
+///
+/// # Errors
+/// See [`RunError`].
+#[inline]
+pub fn step<B: Backend, D: Bus>(backend: &mut B, bus: &mut D) -> Result<bool, RunError> {
+    backend.run()?;
+    Ok(matches!(serve(backend, bus.exited()), Served::GoOn))
+}
+
 /// What is left to do after an exit was served.
 enum Served {
     GoOn,

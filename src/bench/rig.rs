@@ -1,0 +1,501 @@
+//! One sample: devices under a discipline, vCPUs that access them for a while, and what came of it.
+//!
+//! A vCPU here is a thread that does what a running vCPU does ([`step`]) with a guest that leaves again at once: the
+//! exit is decoded from a `kvm_run` page, routed, served by the device and answered. Throughput is counted in runs that
+//! look at no clock; latencies come from other runs, which look before and after each access.
+
+use super::clock::{Scale, spin, ticks};
+use super::devices::{Register, Word, Work};
+use super::plan::{Class, Contestant, Load, STORM_CALLBACK_NS, STORM_CALLBACKS, STORM_POLL_NS};
+use crate::actors::{Rank, RankGuard};
+use crate::baselines::mutex;
+use crate::clock::Clock;
+use crate::devices::Device;
+use crate::devices::shell::{DeviceMessage, Shell, Surroundings};
+use crate::host::events::{Deliver, Gate};
+use crate::machine::chipset::DeviceSet;
+use crate::machine::dispatch::{Actors, BigLock, Channels, DeviceLocks, Discipline, Dispatch, MutexKind};
+use crate::vcpu::backend::{Backend, RunError};
+use crate::vcpu::exit::{Exit, decode};
+use crate::vcpu::registers::Registers;
+use crate::vcpu::route::{Bus, Route, RouteMap, Space, Target};
+use crate::vcpu::step;
+use crossbeam_utils::CachePadded;
+use hdrhistogram::Histogram;
+use kvm_bindings as kvm;
+use slog::Logger;
+use std::hint::{black_box, spin_loop};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// What is measured.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Measure {
+    /// Accesses a second, without a look at a clock.
+    Throughput,
+    /// How long each takes.
+    Latency,
+}
+
+/// What came of one sample.
+pub struct Sample {
+    /// Of all measured vCPUs.
+    pub ops_per_s: f64,
+    /// In ticks of the counter, of all measured vCPUs; empty for [`Measure::Throughput`].
+    pub latency: Histogram<u64>,
+    /// Part of the time that the measured vCPUs wanted a processor and had none: somebody else did.
+    pub waited: f64,
+}
+
+/// Nanoseconds that this thread has waited for a processor so far; 0 where the host does not say.
+fn waited_ns() -> u64 {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    // Time on a processor, time waiting for one, how often.
+    let waited = text.split_ascii_whitespace().nth(1);
+    waited.and_then(|ns| ns.parse().ok()).unwrap_or(0)
+}
+
+/// An empty histogram for ticks up to about a minute, with three significant digits.
+pub fn histogram() -> Histogram<u64> {
+    Histogram::new_with_bounds(1, 1 << 38, 3).expect("the bounds are in order")
+}
+
+/// Where in the pretended mapping the data of a port access is: behind the page, as with KVM.
+const DATA_OFFSET: u64 = 0x1000;
+/// Port of the first device; each has a range of this many.
+const PORTS: u64 = 0x1000;
+const PORTS_EACH: u64 = 8;
+const PUBLISHED_PORT: u64 = 0xf000;
+
+/// A guest that does the same port access again and again.
+struct Again {
+    run: Box<kvm::kvm_run>,
+    data: [u8; 4],
+    mmio: [u8; 8],
+}
+
+impl Again {
+    fn new(port: u64, write: bool) -> Again {
+        let mut run = Box::new(kvm::kvm_run {
+            exit_reason: kvm::KVM_EXIT_IO,
+            ..Default::default()
+        });
+        run.__bindgen_anon_1.io = kvm::kvm_run__bindgen_ty_1__bindgen_ty_4 {
+            direction: if write {
+                kvm::KVM_EXIT_IO_OUT as u8
+            } else {
+                kvm::KVM_EXIT_IO_IN as u8
+            },
+            size: 4,
+            port: port as u16,
+            count: 1,
+            data_offset: DATA_OFFSET,
+        };
+        Again {
+            run,
+            data: [0; 4],
+            mmio: [0; 8],
+        }
+    }
+}
+
+impl Backend for Again {
+    #[inline]
+    fn run(&mut self) -> Result<(), RunError> {
+        // As far as the compiler knows the guest could have written anything.
+        black_box(&mut *self.run);
+        black_box(&mut self.data);
+        Ok(())
+    }
+
+    #[inline]
+    fn exit(&mut self) -> Exit {
+        decode(&self.run)
+    }
+
+    #[inline]
+    fn pio_data(&mut self, offset: u64, length: usize) -> Option<&mut [u8]> {
+        let start = usize::try_from(offset.checked_sub(DATA_OFFSET)?).ok()?;
+        self.data.get_mut(start..start.checked_add(length)?)
+    }
+
+    fn mmio_data(&mut self) -> &mut [u8; 8] {
+        &mut self.mmio
+    }
+
+    fn immediate_exit(&mut self) -> *mut u8 {
+        &raw mut self.run.immediate_exit
+    }
+
+    fn registers(&mut self) -> Option<Registers> {
+        None
+    }
+
+    fn code_at(&mut self, _linear: u64) -> Option<Vec<u8>> {
+        None
+    }
+
+    fn wakes_from_halt(&self) -> bool {
+        true
+    }
+}
+
+/// The devices of a load: the measured ones, then the slow one, then the storm's.
+fn devices(load: &Load, scale: Scale) -> DeviceSet {
+    let clock = Clock::new();
+    let posted = load.class == Class::Post;
+    let busy = Work::Spin(scale.ticks(load.handler_ns));
+    let mut registers: Vec<(&'static str, Register)> = (0..load.devices)
+        .map(|_| ("measured", Register::new(busy, posted)))
+        .collect();
+    if let Some(time) = load.slow {
+        registers.push(("slow", Register::new(Work::Sleep(time), false)));
+    }
+    if load.storm {
+        registers.push(("storm", Register::new(Work::Spin(0), false)));
+    }
+    let mut routes = RouteMap::default();
+    let mut shells = Vec::with_capacity(registers.len());
+    for (device, (name, register)) in registers.into_iter().enumerate() {
+        let start = PORTS + PORTS_EACH * device as u64;
+        let classify = register.classify();
+        let route = Route {
+            start,
+            last: start + PORTS_EACH - 1,
+            base: 0,
+            target: Target::Device { device, classify },
+        };
+        routes.insert(Space::Pio, route).expect("the ranges are apart");
+        let outside = Surroundings {
+            clock: clock.clone(),
+            line: None,
+            character: None,
+            timer: None,
+            requests: Box::new(|_| {}),
+        };
+        shells.push((name, Shell::new(Box::new(register), outside)));
+    }
+    let published = Route {
+        start: PUBLISHED_PORT,
+        last: PUBLISHED_PORT + 3,
+        base: 0,
+        target: Target::Published(Arc::new(Word::default())),
+    };
+    routes
+        .insert(Space::Pio, published)
+        .expect("it is behind the devices");
+    DeviceSet {
+        devices: shells,
+        routes,
+        clock,
+    }
+}
+
+/// Takes one sample of `duration`, after a tenth of that to warm up.
+///
+/// # Errors
+/// When the host cannot start a thread.
+pub fn sample(
+    load: &Load,
+    who: Contestant,
+    measure: Measure,
+    duration: Duration,
+    scale: Scale,
+) -> io::Result<Sample> {
+    let set = devices(load, scale);
+    let rig = Rig {
+        load,
+        measure,
+        duration,
+        scale,
+    };
+    match who.dispatch {
+        Dispatch::Actor => {
+            let vcpus = load.vcpus + usize::from(load.slow.is_some());
+            // Nobody listens: these devices ask for nothing and do not die.
+            let (machine, _mailbox) = crossbeam_channel::bounded(1);
+            let placements = [("measured".to_string(), who.placement)];
+            rig.run(Actors::new(set, vcpus, &placements, &machine)?)
+        }
+        Dispatch::Channel { spin } => rig.run(Channels::new(set, spin)?),
+        Dispatch::DeviceLock(MutexKind::Std) => rig.run(DeviceLocks::<mutex::Std<_>>::new(set)),
+        Dispatch::DeviceLock(MutexKind::ParkingLot) => rig.run(DeviceLocks::<mutex::ParkingLot<_>>::new(set)),
+        Dispatch::BigLock(MutexKind::Std) => rig.run(BigLock::<mutex::Std<_>>::new(set)),
+        Dispatch::BigLock(MutexKind::ParkingLot) => rig.run(BigLock::<mutex::ParkingLot<_>>::new(set)),
+    }
+}
+
+const WARM: u32 = 0;
+const MEASURED: u32 = 1;
+const OVER: u32 = 2;
+
+/// What all threads of a sample look at. Written twice in all.
+struct Phase(CachePadded<AtomicU32>);
+
+impl Phase {
+    #[inline]
+    fn is(&self, phase: u32) -> bool {
+        self.0.load(Ordering::Relaxed) == phase
+    }
+}
+
+struct Rig<'a> {
+    load: &'a Load,
+    measure: Measure,
+    duration: Duration,
+    scale: Scale,
+}
+
+impl Rig<'_> {
+    fn run<D: Discipline>(self, mut discipline: D) -> io::Result<Sample> {
+        let phase = Arc::new(Phase(CachePadded::new(AtomicU32::new(WARM))));
+        let mut control = discipline.control();
+        let outcome = self.run_threads(&discipline, &phase);
+        // Also when a thread could not be started: those that were must end.
+        phase.0.store(OVER, Ordering::Relaxed);
+        control.stop(true);
+        outcome
+    }
+
+    fn run_threads<D: Discipline>(&self, discipline: &D, phase: &Arc<Phase>) -> io::Result<Sample> {
+        let load = self.load;
+        let log = || Logger::root(slog::Discard, slog::o!());
+        let port = |device: usize| PORTS + PORTS_EACH * device as u64;
+        let mut threads = Vec::with_capacity(load.vcpus);
+        let mut others: Vec<JoinHandle<()>> = Vec::new();
+        for n in 0..load.vcpus {
+            let port = match load.class {
+                Class::Published => PUBLISHED_PORT,
+                _ => port(n % load.devices),
+            };
+            let vcpu = Vcpu {
+                bus: discipline.bus(log()),
+                guest: Again::new(port, load.class == Class::Post),
+                phase: phase.clone(),
+                overhead: self.scale.overhead,
+            };
+            let pace = load.pace_ns.map(|ns| self.scale.ticks(ns));
+            let measure = self.measure;
+            threads.push(crate::thread::spawn(format!("vcpu{n}"), move || {
+                vcpu.run(measure, pace)
+            })?);
+        }
+        let mut next = load.devices;
+        if let Some(time) = load.slow {
+            let vcpu = Vcpu {
+                bus: discipline.bus(log()),
+                guest: Again::new(port(next), false),
+                phase: phase.clone(),
+                overhead: 0,
+            };
+            next += 1;
+            others.push(crate::thread::spawn("vcpu-slow", move || vcpu.run_slow(time))?);
+        }
+        if load.storm {
+            let (gate, phase, scale) = (discipline.gate(), phase.clone(), self.scale);
+            others.push(crate::thread::spawn("events", move || {
+                storm(gate, next, &phase, scale)
+            })?);
+        }
+        std::thread::sleep(self.duration / 10);
+        let start = ticks();
+        phase.0.store(MEASURED, Ordering::Relaxed);
+        std::thread::sleep(self.duration);
+        phase.0.store(OVER, Ordering::Relaxed);
+        let elapsed = self.scale.ns((ticks() - start) as f64);
+        let (mut ops, mut waited, mut latency) = (0, 0, histogram());
+        for thread in threads {
+            let Outcome {
+                count,
+                latencies,
+                started,
+                waited_ns,
+            } = thread.join().expect("a vCPU of the bench does not panic");
+            ops += count;
+            waited += waited_ns + self.scale.ns(started.saturating_sub(start) as f64) as u64;
+            if let Some(latencies) = latencies {
+                latency.add(latencies).expect("all have the same bounds");
+            }
+        }
+        for thread in others {
+            thread.join().expect("a helper of the bench does not panic");
+        }
+        Ok(Sample {
+            ops_per_s: ops as f64 * 1e9 / elapsed,
+            latency,
+            waited: waited as f64 / (elapsed * load.vcpus as f64),
+        })
+    }
+}
+
+/// What one vCPU has to say.
+struct Outcome {
+    count: u64,
+    latencies: Option<Histogram<u64>>,
+    /// When it saw that accesses count: late, if it had no processor then.
+    started: u64,
+    /// Since then.
+    waited_ns: u64,
+}
+
+/// The event loop of a machine whose console and timers never rest.
+fn storm(mut gate: Box<dyn Gate>, device: usize, phase: &Phase, scale: Scale) {
+    let _rank = RankGuard::enter(Rank::Backend);
+    let (poll, callback) = (scale.ticks(STORM_POLL_NS), scale.ticks(STORM_CALLBACK_NS));
+    while !phase.is(OVER) {
+        spin(poll);
+        gate.with(&mut |devices: &mut dyn Deliver| {
+            for _ in 0..STORM_CALLBACKS {
+                spin(callback);
+                devices.try_send(device, DeviceMessage::InputReady);
+            }
+        });
+    }
+}
+
+/// One vCPU of a sample.
+struct Vcpu<D: Bus> {
+    bus: D,
+    guest: Again,
+    phase: Arc<Phase>,
+    overhead: u64,
+}
+
+impl<D: Bus> Vcpu<D> {
+    #[inline]
+    fn step(&mut self) {
+        let served = step(&mut self.guest, &mut self.bus);
+        debug_assert_eq!(served, Ok(true));
+    }
+
+    /// Accesses that were measured, and how long they took if that was.
+    fn run(mut self, measure: Measure, pace: Option<u64>) -> Outcome {
+        let _rank = RankGuard::enter(Rank::Vcpu);
+        let mut latency = (measure == Measure::Latency).then(histogram);
+        while self.phase.is(WARM) {
+            self.step();
+        }
+        let (started, waited) = (ticks(), waited_ns());
+        let count = match (&mut latency, pace) {
+            (None, _) => self.count(),
+            (Some(latency), None) => self.time(latency),
+            (Some(latency), Some(pace)) => self.time_paced(latency, pace),
+        };
+        let waited_ns = waited_ns() - waited;
+        self.bus.settle();
+        Outcome {
+            count,
+            latencies: latency,
+            started,
+            waited_ns,
+        }
+    }
+
+    // Each of these does one access at least: a vCPU that had no processor all the time has a rate and a latency too.
+
+    fn count(&mut self) -> u64 {
+        let mut ops = 0;
+        loop {
+            self.step();
+            ops += 1;
+            if !self.phase.is(MEASURED) {
+                return ops;
+            }
+        }
+    }
+
+    fn time(&mut self, latency: &mut Histogram<u64>) -> u64 {
+        let mut ops = 0;
+        loop {
+            let start = ticks();
+            self.step();
+            let took = ticks().saturating_sub(start).saturating_sub(self.overhead);
+            latency.saturating_record(took.max(1));
+            ops += 1;
+            if !self.phase.is(MEASURED) {
+                return ops;
+            }
+        }
+    }
+
+    /// Every access counts from when it was due: one that waits holds up those behind it, and their wait is seen too.
+    fn time_paced(&mut self, latency: &mut Histogram<u64>, pace: u64) -> u64 {
+        let mut ops = 0;
+        let mut due = ticks();
+        let mut done;
+        loop {
+            self.step();
+            done = ticks();
+            let took = done.saturating_sub(due).saturating_sub(self.overhead);
+            latency.saturating_record(took.max(1));
+            due += pace;
+            ops += 1;
+            while ticks() < due && self.phase.is(MEASURED) {
+                spin_loop();
+            }
+            if !self.phase.is(MEASURED) {
+                break;
+            }
+        }
+        // Those that were due before the last one ended, and came too late for this sample.
+        while due < done {
+            latency.saturating_record((done - due).max(1));
+            due += pace;
+        }
+        ops
+    }
+
+    /// Half of the time in the handler, half not.
+    fn run_slow(mut self, time: Duration) {
+        let _rank = RankGuard::enter(Rank::Vcpu);
+        while !self.phase.is(OVER) {
+            self.step();
+            std::thread::sleep(time);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::plan::{EXPERIMENTS, loads};
+
+    #[test]
+    fn every_load_runs_under_every_discipline() {
+        let scale = Scale::calibrate();
+        for (experiment, _) in EXPERIMENTS {
+            // The first and the last: the simplest and the fullest.
+            let loads = loads(experiment, 2);
+            for load in [&loads[0], &loads[loads.len() - 1]] {
+                for who in load.contestants() {
+                    for measure in [Measure::Throughput, Measure::Latency] {
+                        let sample = sample(load, who, measure, Duration::from_millis(2), scale).unwrap();
+                        assert_eq!(
+                            sample.latency.is_empty() && sample.ops_per_s > 0.0,
+                            measure == Measure::Throughput && sample.ops_per_s > 0.0,
+                            "{who}: {load:?}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_pretended_guest_reads_and_writes_the_device() {
+        let load = &loads("ask", 1)[0];
+        let set = devices(load, Scale::calibrate());
+        let discipline = BigLock::<mutex::Std<_>>::new(set);
+        let mut bus = discipline.bus(Logger::root(slog::Discard, slog::o!()));
+        let mut guest = Again::new(PORTS, true);
+        guest.data = 7u32.to_le_bytes();
+        assert_eq!(step(&mut guest, &mut bus), Ok(true));
+        let mut guest = Again::new(PORTS, false);
+        assert_eq!(step(&mut guest, &mut bus), Ok(true));
+        assert_eq!(u32::from_le_bytes(guest.data), 7);
+        assert_eq!(bus.unclaimed(), []);
+    }
+}
