@@ -5,12 +5,14 @@
 //! | `events.rs` | the event loop: one thread that waits for all descriptors, timers and signals |
 //! | `character.rs` | the two rings between a character device and the event loop |
 //! | `timer.rs` | deadlines that devices tell the event loop |
+//! | `code.rs` | the memory of code that has done its work |
 //! | `console.rs` | where the guest's console goes: stdio, a file, a pseudo-terminal, nowhere |
 //! | `escape.rs` | Ctrl-A x and its like in what a person types |
 //! | `terminal.rs` | the terminal's raw mode, and its end on every way out |
 //! | `log.rs` | the log: one line a record on stderr, never in the way of a vCPU |
 
 pub mod character;
+pub mod code;
 pub mod console;
 pub mod escape;
 pub mod events;

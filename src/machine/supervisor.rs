@@ -314,6 +314,7 @@ impl<B: Backend + Send + 'static> Assembly<B> {
             Ok(()) => {
                 info!(machine.log, "the guest starts"; "cpus" => machine.vcpus.len(),
                     "memory" => memory::human(self.memory_bytes));
+                crate::host::code::give_back();
                 Ok(machine.supervise())
             }
             Err(error) => {
