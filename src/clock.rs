@@ -33,6 +33,14 @@ impl Clock {
         }
     }
 
+    /// A clock that stands at a time.
+    pub fn frozen_at(now: Nanos) -> Clock {
+        Clock {
+            origin: Instant::now(),
+            state: Arc::new(AtomicU64::new(FROZEN | now.0)),
+        }
+    }
+
     fn host(&self) -> u64 {
         // 292 years fit into 63 bits of nanoseconds.
         self.origin.elapsed().as_nanos() as u64

@@ -84,7 +84,7 @@ impl<'a, M: Mutex<Machine>> Accesses for Held<'a, M> {
         let access = route.access(address, width);
         let value = match &route.target {
             Target::Device { device, .. } => devices[*device].handle(DeviceMessage::Read(access)),
-            Target::Published(word) => word.read(access, clock.now()),
+            Target::Published(word) => word.read(access, clock),
         };
         value & width.all_ones()
     }

@@ -75,7 +75,7 @@ impl<M: Mutex<Shell>> Accesses for DeviceLockBus<M> {
             Target::Device { device, .. } => {
                 shared.devices[*device].lock().handle(DeviceMessage::Read(access))
             }
-            Target::Published(word) => word.read(access, shared.clock.now()),
+            Target::Published(word) => word.read(access, &shared.clock),
         };
         value & width.all_ones()
     }

@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{Access, Claim, Context, Device, MachineRequest, Nanos, Published, byte_lanes};
 use crate::boot::layout::io;
+use crate::clock::Clock;
 
 /// What to claim, as offsets from [`io::PM1A_EVENT`]: event and control block, and the reset register. The PM timer
 /// between them is for [`PmTimer`].
@@ -157,8 +158,8 @@ impl PmTimer {
 
 impl Published for PmTimer {
     /// The offset is from [`io::PM_TIMER`]; bytes behind the register are all-ones.
-    fn read(&self, access: Access, now: Nanos) -> u64 {
-        let count = self.count(now).to_le_bytes();
+    fn read(&self, access: Access, clock: &Clock) -> u64 {
+        let count = self.count(clock.now()).to_le_bytes();
         byte_lanes::read(access, |offset| {
             usize::try_from(offset)
                 .ok()
@@ -317,7 +318,7 @@ mod tests {
         let timer = PmTimer::new();
         let now = Nanos(100_000_000_000);
         let count = u64::from(timer.count(now));
-        let at = |offset, width| timer.read(Access { offset, width }, now);
+        let at = |offset, width| timer.read(Access { offset, width }, &Clock::frozen_at(now));
         assert_eq!(at(0, Width::Dword), count);
         assert_eq!(at(1, Width::Word), count >> 8 & 0xffff);
         assert_eq!(at(3, Width::Word), count >> 24 | 0xff00);

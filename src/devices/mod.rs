@@ -39,6 +39,7 @@ pub mod shell;
 pub(crate) mod testing;
 pub mod uart16550;
 
+use crate::clock::Clock;
 use std::fmt;
 
 /// Nanoseconds of guest time since the machine was created; does not advance while the machine is paused.
@@ -47,7 +48,9 @@ pub struct Nanos(pub u64);
 
 /// Width of one access: what a guest can express with one `in`, `out` or load or store that leaves KVM.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
-#[repr(u8)]
+// 8 bytes, so that messages and exits hold no part that is written as a byte and copied as a word: such a copy waits for the
+// write to reach the cache, which takes longer than the rest of a turn.
+#[repr(u64)]
 pub enum Width {
     /// 8 bits.
     Byte = 1,
@@ -144,8 +147,8 @@ pub enum AccessClass {
 /// A register that runs by itself (a timer's count): its owner publishes what is needed to compute it, and vCPUs
 /// read it in place, without a message.
 pub trait Published: Send + Sync {
-    /// The register's value at guest time `now`.
-    fn read(&self, access: Access, now: Nanos) -> u64;
+    /// The register's value now. Only who needs the time looks at the clock, which costs more than all the rest.
+    fn read(&self, access: Access, clock: &Clock) -> u64;
 }
 
 /// One range to route to a device, relative to the device's base port or address.
@@ -166,6 +169,7 @@ impl Claim {
 
 /// Which way an access goes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+#[repr(u64)] // As Width.
 pub enum Direction {
     /// The guest reads.
     Read,

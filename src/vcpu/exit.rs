@@ -91,7 +91,7 @@ pub struct MmioExit {
     /// Guest physical address.
     pub address: u64,
     /// 1 to 8 bytes; an access that crosses a page comes in parts of any length.
-    pub length: u8,
+    pub length: usize,
     /// What is stored (stores), little-endian.
     pub data: [u8; 8],
 }
@@ -195,6 +195,7 @@ impl fmt::Display for Exit {
 }
 
 /// Decodes the exit that a `kvm_run` page describes.
+#[inline]
 pub fn decode(run: &kvm::kvm_run) -> Exit {
     let reason = run.exit_reason;
     let union = &run.__bindgen_anon_1;
@@ -245,10 +246,20 @@ pub fn decode(run: &kvm::kvm_run) -> Exit {
                     Direction::Write
                 },
                 address: mmio.phys_addr,
-                length: mmio.len as u8,
+                length: mmio.len as usize,
                 data: mmio.data,
             })
         }
+        reason => decode_rare(reason, run),
+    }
+}
+
+/// The exits that are not accesses: apart, so that those stay small where they are inlined.
+#[cold]
+fn decode_rare(reason: u32, run: &kvm::kvm_run) -> Exit {
+    let union = &run.__bindgen_anon_1;
+    // SAFETY (of every union access below): as in `decode`.
+    match reason {
         kvm::KVM_EXIT_HLT => Exit::Hlt,
         kvm::KVM_EXIT_IRQ_WINDOW_OPEN => Exit::IrqWindowOpen,
         kvm::KVM_EXIT_SHUTDOWN => Exit::Shutdown,

@@ -20,7 +20,7 @@ pub mod route;
 pub mod scripted;
 
 use crate::actors::{Lifecycle, Rank, RankGuard};
-use crate::devices::{Direction, Width};
+use crate::devices::Direction;
 use backend::{Backend, RunError};
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use exit::{Exit, MmioExit, PioExit, SystemEvent};
@@ -467,27 +467,37 @@ fn serve_pio<B: Backend>(backend: &mut B, devices: &mut impl Accesses, exit: Pio
     // String forms are so many accesses to one port, in order.
     for element in data.chunks_exact_mut(step) {
         match exit.direction {
-            Direction::Read => {
-                let value = devices.port_in(exit.port, exit.width);
-                element.copy_from_slice(&value.to_le_bytes()[..step]);
-            }
-            Direction::Write => {
-                let value = match exit.width {
-                    Width::Byte => u64::from(element[0]),
-                    Width::Word => u64::from(u16::from_le_bytes([element[0], element[1]])),
-                    _ => u64::from(u32::from_le_bytes([
-                        element[0], element[1], element[2], element[3],
-                    ])),
-                };
-                devices.port_out(exit.port, exit.width, value);
-            }
+            Direction::Read => put(element, devices.port_in(exit.port, exit.width)),
+            Direction::Write => devices.port_out(exit.port, exit.width, get(element)),
         }
     }
     Served::GoOn
 }
 
+/// Stores the low bytes of a value in an element of 1, 2 or 4 bytes. By known lengths: a copy of any length is a call.
+#[inline]
+fn put(element: &mut [u8], value: u64) {
+    if let Ok(element) = <&mut [u8; 4]>::try_from(&mut *element) {
+        *element = (value as u32).to_le_bytes();
+    } else if let Ok(element) = <&mut [u8; 2]>::try_from(&mut *element) {
+        *element = (value as u16).to_le_bytes();
+    } else {
+        element[0] = value as u8;
+    }
+}
+
+/// The value of an element of 1, 2 or 4 bytes.
+#[inline]
+fn get(element: &[u8]) -> u64 {
+    match *element {
+        [a, b, c, d] => u32::from_le_bytes([a, b, c, d]).into(),
+        [a, b] => u16::from_le_bytes([a, b]).into(),
+        _ => element[0].into(),
+    }
+}
+
 fn serve_mmio<B: Backend>(backend: &mut B, devices: &mut impl Accesses, exit: MmioExit) -> Served {
-    let length = usize::from(exit.length);
+    let length = exit.length;
     match exit.direction {
         Direction::Read => devices.load(exit.address, &mut backend.mmio_data()[..length]),
         Direction::Write => devices.store(exit.address, &exit.data[..length]),

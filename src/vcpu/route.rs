@@ -342,7 +342,7 @@ impl<R: Reach> Accesses for RoutingTable<R> {
                 if let Some(posted) = self.posted.take() {
                     self.reach.fence(posted);
                 }
-                word.read(access, self.clock.now()) & width.all_ones()
+                word.read(access, &self.clock) & width.all_ones()
             }
         }
     }
@@ -485,7 +485,7 @@ mod tests {
     fn route(start: u64, last: u64) -> Route {
         struct Nine;
         impl Published for Nine {
-            fn read(&self, access: Access, _: crate::devices::Nanos) -> u64 {
+            fn read(&self, access: Access, _: &Clock) -> u64 {
                 0x9999_9999_9999_9900 | access.offset
             }
         }

@@ -182,13 +182,13 @@ impl<S: Source> Backend for ScriptedBackend<S> {
             } => Exit::Mmio(MmioExit {
                 direction: Direction::Write,
                 address: *address,
-                length: *length,
+                length: usize::from(*length),
                 data: value.to_le_bytes(),
             }),
             Step::Read { address, length, .. } => Exit::Mmio(MmioExit {
                 direction: Direction::Read,
                 address: *address,
-                length: *length,
+                length: usize::from(*length),
                 data: [0; 8],
             }),
             Step::Halt => {
