@@ -19,26 +19,37 @@
 //! let go without seeing the bit, because letting go succeeds only on a word without bits. As all of this is the
 //! modification order of one word, no fence and no second look is needed, and no wake-up can fall between.
 //!
+//! # Friends
+//!
+//! While two threads keep asking one actor, taking the token in turns drags its state from one processor's cache to the
+//! other's with every message. So a sender whose last ask was served by somebody else leaves its next one in its lane
+//! and looks for the reply for a moment before it touches the word; and a holder that has served others looks into
+//! their lanes after each turn of its own ([`Core::serve_friends`]). The state then stays where it is, and a call costs
+//! two transfers of one cache line. Nothing depends on it: who is not served in that moment does as above.
+//!
+//! # Waking
+//!
+//! A woken thread may be put onto the processor of the one that wakes it. If that one held the token, everybody would
+//! wait for it to be scheduled again, fall asleep, and have to be woken in turn: a convoy. So who sleeps is woken after
+//! the token was let go ([`Sleepers`]), unless the turns are so long that the wait would be noticed.
+//!
 //! # Orderings
 //!
 //! * Taking the token is `Acquire`, giving it back `Release`: turns happen one after the other, each seeing the
 //!   state that the one before left.
-//! * A lane's `tail` is stored with `Release` by its sender after the envelope was written, and loaded with
-//!   `Acquire` by the holder: the envelope is seen whole. `head` likewise the other way: a slot is reused only
-//!   after the envelope was moved out of it.
-//! * A lane's `state` goes to `DONE` (or `CLOSED`, `GRANTED`) by a swap with `AcqRel`: the reply is written before,
-//!   the asker reads it after its `Acquire` load, and the old value tells whether it must be woken.
 //! * The `fetch_or` of a sender is `AcqRel`: `Acquire` because it may take the token, `Release` to be seen together
 //!   with the lane by the holder's `fetch_and` (`Acquire`).
+//! * Those of a lane are in `lane.rs`.
 
+use super::lane::{Call, LANE_CREDITS, Lane, PARKED, WAITING};
 use super::park::{Futex, spin_until};
 use super::placement::Runner;
 use super::rank::RankGuard;
-use super::sync::{Arc, AtomicBool, AtomicU32, AtomicU64, Ordering, UnsafeCell};
+use super::sync::{Arc, AtomicU64, Ordering, UnsafeCell};
 use super::{Actor, Obituary};
 use crossbeam_utils::CachePadded;
-use std::mem::MaybeUninit;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
 
 pub(super) const HELD: u64 = 1 << 63;
 pub(super) const ASLEEP: u64 = 1 << 62;
@@ -50,16 +61,6 @@ const LANES: u64 = (1 << LANE_BITS) - 1;
 /// How many lanes an actor may have: 1024 vCPUs and then some, each lane a few hundred bytes.
 pub const MAX_LANES: usize = 1088;
 
-/// How many posts a sender may have in flight to one actor before it must wait. Enough for a burst of 16550
-/// writes (16-byte FIFO), small enough that a lane stays in a few cache lines.
-#[cfg(not(loom))]
-pub const LANE_CREDITS: u32 = 31;
-#[cfg(loom)]
-/// Small, so that models reach the bound.
-pub const LANE_CREDITS: u32 = 1;
-/// One slot more than credits: an ask or a fence always finds room behind the posts.
-const SLOTS: usize = LANE_CREDITS as usize + 1;
-
 /// How many envelopes of others a holder serves before it looks for a spinning asker to hand the token to: the
 /// holder's own work waits meanwhile, so this bounds what it does for others.
 #[cfg(not(loom))]
@@ -67,107 +68,17 @@ const COMBINE: u32 = 32;
 #[cfg(loom)]
 const COMBINE: u32 = 1;
 
-// States of a lane, in its futex word.
-/// Nobody asks.
-pub(super) const IDLE: u32 = 0;
-/// An asker looks at the word.
-pub(super) const WAITING: u32 = 1;
-/// An asker sleeps on the word.
-pub(super) const PARKED: u32 = 2;
-/// The ask was handled, the reply is in the lane.
-pub(super) const DONE: u32 = 3;
-/// The ask will never be handled.
-pub(super) const DEAD: u32 = 4;
-/// The asker has the token now, and serves its own ask.
-pub(super) const GRANTED: u32 = 5;
+/// After a turn longer than this, an asker that sleeps is woken at once, while the token is held: the turns to come may
+/// be as long. A few times what waking costs.
+const LONG_TURN: Duration = Duration::from_micros(20);
 
-/// What travels in a lane.
-pub(super) enum Envelope<M> {
-    /// No reply wanted.
-    Post(M),
-    /// The reply goes into the lane.
-    Ask(M),
-    /// No message: tells that everything before was handled.
-    Fence,
-    /// The actor ends after what came before.
-    Stop,
-}
+/// How many askers a holder may owe a wake-up.
+const SLEEPERS: usize = 16;
 
-/// One sender's way into the mailbox: a ring of envelopes, and room for one reply.
-pub(super) struct Lane<A: Actor> {
-    /// Whether a port uses this lane.
-    pub(super) connected: AtomicBool,
-    /// `IDLE`, `WAITING`…; the futex that an asker sleeps on.
-    pub(super) state: Futex,
-    /// Next slot to serve; stored by the holder.
-    head: AtomicU32,
-    /// Next slot to fill; stored by the sender.
-    tail: AtomicU32,
-    reply: UnsafeCell<Option<A::Reply>>,
-    slots: [UnsafeCell<MaybeUninit<Envelope<A::Message>>>; SLOTS],
-}
-
-impl<A: Actor> Lane<A> {
-    fn new() -> Self {
-        Lane {
-            connected: AtomicBool::new(false),
-            state: Futex::new(IDLE),
-            head: AtomicU32::new(0),
-            tail: AtomicU32::new(0),
-            reply: UnsafeCell::new(None),
-            slots: std::array::from_fn(|_| UnsafeCell::new(MaybeUninit::uninit())),
-        }
-    }
-
-    /// Envelopes not yet served. Exact for the sender as an upper bound, for the holder as a lower one.
-    pub(super) fn backlog(&self) -> u32 {
-        self.tail
-            .load(Ordering::Acquire)
-            .wrapping_sub(self.head.load(Ordering::Acquire))
-    }
-
-    /// Adds an envelope. Only the lane's sender may call this, and only with room (`backlog() < SLOTS`).
-    pub(super) fn push(&self, envelope: Envelope<A::Message>) {
-        let tail = self.tail.load(Ordering::Relaxed);
-        assert!(
-            tail.wrapping_sub(self.head.load(Ordering::Acquire)) < SLOTS as u32,
-            "lane overrun"
-        );
-        self.slots[tail as usize % SLOTS].with_mut(|slot| {
-            // SAFETY: there is room, so the holder has moved this slot's last envelope out (`head`, Acquire), and
-            // it does not look at the slot again before it sees the new tail. `&mut Port` makes us the only sender.
-            unsafe { (*slot).write(envelope) };
-        });
-        self.tail.store(tail.wrapping_add(1), Ordering::Release);
-    }
-
-    /// Takes the oldest envelope. Only the holder of the token may call this.
-    fn pop(&self) -> Option<Envelope<A::Message>> {
-        let head = self.head.load(Ordering::Relaxed);
-        if head == self.tail.load(Ordering::Acquire) {
-            return None;
-        }
-        // SAFETY: head != tail, so the sender has written this slot (`tail`, Acquire) and leaves it alone until it
-        // sees the new head; the token makes us the only reader, and the envelope is read out exactly once.
-        let envelope =
-            self.slots[head as usize % SLOTS].with_mut(|slot| unsafe { (*slot).assume_init_read() });
-        self.head.store(head.wrapping_add(1), Ordering::Release);
-        Some(envelope)
-    }
-
-    /// Wakes the asker of this lane with a new state, if one waits.
-    fn conclude(&self, state: u32) {
-        if self.state.swap(state, Ordering::AcqRel) == PARKED {
-            self.state.wake();
-        }
-    }
-
-    /// Takes the reply. For the asker, after `DONE`; or for the holder.
-    pub(super) fn take_reply(&self) -> Option<A::Reply> {
-        // SAFETY: the holder writes the reply before it swaps in `DONE`, and not again before the next ask of this
-        // lane, which only the caller can make.
-        self.reply.with_mut(|reply| unsafe { (*reply).take() })
-    }
+/// The bit that stands for a lane.
+#[inline]
+pub(super) fn lane_bit(lane: usize) -> u64 {
+    1 << (lane % LANE_BITS)
 }
 
 /// An actor, its mailbox, and how it is run.
@@ -189,15 +100,6 @@ pub(super) struct Core<A: Actor> {
 unsafe impl<A: Actor> Sync for Core<A> {}
 // SAFETY: as above; nothing in here is bound to a thread.
 unsafe impl<A: Actor> Send for Core<A> {}
-
-/// Why serving stopped.
-#[derive(PartialEq, Eq)]
-enum Served {
-    /// Nothing is left in the lane.
-    All,
-    /// The actor is closed; the token is gone with it.
-    Closed,
-}
 
 impl<A: Actor> Core<A> {
     pub(super) fn new(
@@ -224,10 +126,12 @@ impl<A: Actor> Core<A> {
         }
     }
 
-    /// The bit that stands for a lane.
+    /// Takes the token of an idle actor.
     #[inline]
-    pub(super) fn bit(lane: usize) -> u64 {
-        1 << (lane % LANE_BITS)
+    pub(super) fn try_hold(&self) -> bool {
+        self.word
+            .compare_exchange(0, HELD, Ordering::Acquire, Ordering::Relaxed)
+            .is_ok()
     }
 
     /// One turn, for the holder of the token. `Err`: the actor panicked and must be closed.
@@ -258,53 +162,74 @@ impl<A: Actor> Core<A> {
         }
     }
 
-    /// Lets go of the token after an idle turn, or serves what came in meanwhile.
+    /// Lets go of the token, unless something came in meanwhile. For the holder.
     #[inline]
-    pub(super) fn release(&self) {
-        if self
-            .word
+    pub(super) fn try_release(&self) -> bool {
+        self.word
             .compare_exchange(HELD, 0, Ordering::Release, Ordering::Relaxed)
-            .is_err()
-        {
-            self.combine();
-        }
+            .is_ok()
     }
 
     /// Serves the holder's own lane, then everybody's, and lets go of the token.
     #[cold]
-    pub(super) fn combine_from(&self, lane: usize) {
-        if self.serve(&self.lanes[lane], None) == Served::Closed {
-            self.close(Self::bit(lane));
-        } else {
-            self.release();
+    pub(super) fn combine_from(&self, lane: usize) -> u64 {
+        let mut sleepers = Sleepers::new(self);
+        if self.serve(lane, None, &mut sleepers).is_err() {
+            self.close(lane_bit(lane));
+            return 0;
         }
+        self.combine()
     }
 
     /// Serves lanes until none has anything, then lets go of the token; or hands it to an asker when this has gone
-    /// on for long. For the holder.
+    /// on for long. For the holder. Returns the bits of the lanes whose asks it served.
     #[cold]
-    pub(super) fn combine(&self) {
+    pub(super) fn combine(&self) -> u64 {
         let mut budget = COMBINE;
+        let mut friends = 0;
+        // Wakes them when it goes out of scope: on every way out the token is another's by then, or nobody's.
+        let mut sleepers = Sleepers::new(self);
         loop {
             let bits = self.word.fetch_and(!LANES, Ordering::AcqRel) & LANES;
             if bits == 0 {
-                match self
-                    .word
-                    .compare_exchange(HELD, 0, Ordering::Release, Ordering::Relaxed)
-                {
-                    Ok(_) => return,
-                    Err(_) => continue,
+                if self.try_release() {
+                    return friends;
                 }
+                continue;
             }
-            match self.serve_lanes(bits, Some(&mut budget)) {
+            friends |= bits;
+            match self.serve_lanes(bits, Some(&mut budget), &mut sleepers) {
                 Sweep::Done => {}
-                Sweep::HandedOver | Sweep::Closed => return,
+                Sweep::HandedOver | Sweep::Closed => return 0,
             }
         }
     }
 
+    /// Serves the calls of senders that were served here before, if they are there already. For the holder, after a
+    /// turn of its own and before it lets go. `Err`: the actor is closed, and the token with it.
+    #[inline(never)]
+    pub(super) fn serve_friends(&self, friends: u64) -> Result<Met, ()> {
+        let mut sleepers = Sleepers::new(self);
+        let mut met = Met::default();
+        let mut rest = friends;
+        while rest != 0 {
+            let lane = rest.trailing_zeros() as usize;
+            rest &= rest - 1;
+            if !self.lanes[lane].has_call() {
+                continue;
+            }
+            met.any = true;
+            met.looked = met.looked.max(self.lanes[lane].looked.load(Ordering::Relaxed));
+            if self.serve(lane, None, &mut sleepers).is_err() {
+                self.close(lane_bit(lane));
+                return Err(());
+            }
+        }
+        Ok(met)
+    }
+
     /// Serves the lanes of `bits`. With a budget: hands the token over when it is used up and an asker spins.
-    fn serve_lanes(&self, mut bits: u64, mut budget: Option<&mut u32>) -> Sweep {
+    fn serve_lanes(&self, mut bits: u64, mut budget: Option<&mut u32>, sleepers: &mut Sleepers<A>) -> Sweep {
         while bits != 0 {
             let bit = bits.trailing_zeros() as usize;
             if let Some(budget) = budget.as_deref_mut()
@@ -315,8 +240,8 @@ impl<A: Actor> Core<A> {
                 }
                 *budget = COMBINE;
             }
-            for lane in self.lanes.iter().skip(bit).step_by(LANE_BITS) {
-                if self.serve(lane, budget.as_deref_mut()) == Served::Closed {
+            for lane in (bit..self.lanes.len()).step_by(LANE_BITS) {
+                if self.serve(lane, budget.as_deref_mut(), sleepers).is_err() {
                     // The lanes not reached will never be, this bit's others included: their askers must hear of it.
                     self.close(bits);
                     return Sweep::Closed;
@@ -327,41 +252,55 @@ impl<A: Actor> Core<A> {
         Sweep::Done
     }
 
-    /// Serves what is in one lane. For the holder. After `Closed` the caller must
-    /// [`Core::close`] with this lane's bit.
-    ///
-    /// At most a lane's worth at a time, or one sender could keep the holder for ever: what was there when the
-    /// lane's bit was taken is no more than that, and whatever comes later sets the bit again.
-    fn serve(&self, lane: &Lane<A>, mut budget: Option<&mut u32>) -> Served {
-        for _ in 0..SLOTS {
-            let Some(envelope) = lane.pop() else { break };
-            if let Some(budget) = budget.as_deref_mut() {
-                *budget = budget.saturating_sub(1);
-            }
-            let outcome = match envelope {
-                Envelope::Post(message) => self.turn(message).map(drop),
-                Envelope::Ask(message) => self.turn(message).map(|reply| {
-                    // SAFETY: the asker waits and reads only after `DONE`, which comes below.
-                    lane.reply.with_mut(|slot| unsafe { *slot = Some(reply) });
-                    lane.conclude(DONE);
-                }),
-                Envelope::Fence => {
-                    lane.conclude(DONE);
-                    Ok(())
-                }
-                Envelope::Stop => {
-                    // Whoever asked for it is told by `close`, when it is true.
-                    self.end();
-                    return Served::Closed;
-                }
-            };
-            if let Err(obituary) = outcome {
-                self.end();
-                (self.on_death)(obituary);
-                return Served::Closed;
+    /// Serves what is in one lane. For the holder. After `Err` (the actor has ended) the caller must [`Core::close`]
+    /// with this lane's bit.
+    fn serve(&self, lane: usize, mut budget: Option<&mut u32>, sleepers: &mut Sleepers<A>) -> Result<(), ()> {
+        let index = lane;
+        let lane = &*self.lanes[index];
+        // Looked at first: with a call, every post that comes before it is there too, and no other can come.
+        let called = lane.has_call();
+        // At most a lane's worth at a time, or one sender could keep the holder for ever: what was there when the
+        // lane's bit was taken is no more than that, and whatever comes later sets the bit again.
+        for _ in 0..LANE_CREDITS {
+            let Some(message) = lane.pop() else { break };
+            spend(&mut budget);
+            if let Err(obituary) = self.turn(message) {
+                return self.bury(obituary);
             }
         }
-        Served::All
+        if !called {
+            return Ok(());
+        }
+        spend(&mut budget);
+        // The clock costs as much as a turn; who does not sleep pays nothing for it.
+        let slept_since = (lane.state.load(Ordering::Relaxed) == PARKED).then(Instant::now);
+        let reply = match lane.take() {
+            Call::Ask(message) => match self.turn(message) {
+                Ok(reply) => Some(reply),
+                Err(obituary) => return self.bury(obituary),
+            },
+            Call::Fence => None,
+            Call::Stop => {
+                // Whoever asked for it is told by `close`, when it is true.
+                self.end();
+                return Err(());
+            }
+            Call::Nothing | Call::Reply(_) => unreachable!("a state without its call"),
+        };
+        if lane.conclude(reply) {
+            // Who fell asleep during the turn had looked for longer than a short one takes.
+            let long = slept_since.is_none_or(|since| since.elapsed() > LONG_TURN);
+            sleepers.owe(index, long);
+        }
+        Ok(())
+    }
+
+    /// The end of an actor that panicked.
+    #[cold]
+    fn bury(&self, obituary: Obituary) -> Result<(), ()> {
+        self.end();
+        (self.on_death)(obituary);
+        Err(())
     }
 
     /// Gives the token to an asker that is looking at its lane. `false` if none is: a sleeping one would keep the
@@ -377,12 +316,7 @@ impl<A: Actor> Core<A> {
                     continue;
                 }
                 self.word.fetch_or(bits, Ordering::AcqRel);
-                // Release: the asker that sees GRANTED is the next holder and must see the actor's state.
-                if lane
-                    .state
-                    .compare_exchange(WAITING, GRANTED, Ordering::AcqRel, Ordering::Relaxed)
-                    .is_ok()
-                {
+                if lane.grant() {
                     return true;
                 }
                 // It went to sleep meanwhile. The bits are ours to serve still; they may stay set too, which
@@ -410,19 +344,7 @@ impl<A: Actor> Core<A> {
             let bit = rest.trailing_zeros() as usize;
             rest &= rest - 1;
             for lane in self.lanes.iter().skip(bit).step_by(LANE_BITS) {
-                // Only the one who waits leaves WAITING or PARKED behind; a lane at rest is left alone.
-                for waiting in [WAITING, PARKED] {
-                    if lane
-                        .state
-                        .compare_exchange(waiting, DEAD, Ordering::AcqRel, Ordering::Relaxed)
-                        .is_ok()
-                    {
-                        if waiting == PARKED {
-                            lane.state.wake();
-                        }
-                        break;
-                    }
-                }
+                lane.kill();
             }
         }
     }
@@ -440,7 +362,8 @@ impl<A: Actor> Core<A> {
         loop {
             let bits = self.word.fetch_and(!LANES, Ordering::AcqRel) & LANES;
             if bits != 0 {
-                match self.serve_lanes(bits, None) {
+                // Nobody is held up by this thread being preempted who is not anyway: it wakes as soon as it can.
+                match self.serve_lanes(bits, None, &mut Sleepers::at_once(self)) {
                     Sweep::Done => continue,
                     Sweep::Closed | Sweep::HandedOver => return,
                 }
@@ -474,6 +397,15 @@ impl<A: Actor> Core<A> {
     }
 }
 
+/// What [`Core::serve_friends`] found.
+#[derive(Default)]
+pub(super) struct Met {
+    /// Somebody had a call.
+    pub(super) any: bool,
+    /// How often the most patient of them had looked for the reply before that.
+    pub(super) looked: u32,
+}
+
 /// How a sweep over the lanes ended.
 #[derive(PartialEq, Eq)]
 enum Sweep {
@@ -482,11 +414,61 @@ enum Sweep {
     Closed,
 }
 
-impl<A: Actor> Drop for Core<A> {
+/// Counts one envelope of another's.
+fn spend(budget: &mut Option<&mut u32>) {
+    if let Some(budget) = budget.as_deref_mut() {
+        *budget = budget.saturating_sub(1);
+    }
+}
+
+/// Askers that were answered in their sleep, and are to be woken when the token is let go: when this is dropped.
+struct Sleepers<'a, A: Actor> {
+    core: &'a Core<A>,
+    lanes: [u16; SLEEPERS],
+    count: usize,
+    /// How many to owe before they are woken anyway.
+    most: usize,
+}
+
+impl<'a, A: Actor> Sleepers<'a, A> {
+    fn new(core: &'a Core<A>) -> Self {
+        Sleepers {
+            core,
+            lanes: [0; SLEEPERS],
+            count: 0,
+            most: SLEEPERS,
+        }
+    }
+
+    /// For a thread that never lets go of the token.
+    fn at_once(core: &'a Core<A>) -> Self {
+        Sleepers {
+            most: 1,
+            ..Self::new(core)
+        }
+    }
+
+    fn owe(&mut self, lane: usize, at_once: bool) {
+        self.lanes[self.count] = lane as u16;
+        self.count += 1;
+        if at_once || self.count == self.most {
+            self.wake();
+        }
+    }
+
+    fn wake(&mut self) {
+        for lane in &self.lanes[..self.count] {
+            // It may be awake by now, and even asleep in another ask: it looks again.
+            self.core.lanes[*lane as usize].state.wake();
+        }
+        self.count = 0;
+    }
+}
+
+impl<A: Actor> Drop for Sleepers<'_, A> {
     fn drop(&mut self) {
-        // What was left in the lanes of a closed actor.
-        for lane in self.lanes.iter() {
-            while lane.pop().is_some() {}
+        if self.count > 0 {
+            self.wake();
         }
     }
 }
@@ -500,14 +482,10 @@ impl<A: Actor> Job for Core<A> {
     /// One sweep. The token is never handed to an asker: this actor's turns run in the pool only.
     fn run(self: Arc<Self>) {
         let bits = self.word.fetch_and(!LANES, Ordering::AcqRel) & LANES;
-        if self.serve_lanes(bits, None) == Sweep::Closed {
+        if self.serve_lanes(bits, None, &mut Sleepers::at_once(&self)) == Sweep::Closed {
             return;
         }
-        if self
-            .word
-            .compare_exchange(HELD, 0, Ordering::Release, Ordering::Relaxed)
-            .is_err()
-        {
+        if !self.try_release() {
             // More came in. Behind the others in the queue, so that a busy actor does not keep a worker.
             let again = self.clone();
             self.runner.schedule(again);

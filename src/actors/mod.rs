@@ -19,7 +19,8 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `mailbox.rs` | the word of the run token, the lanes, serving, handing over, closing |
+//! | `mailbox.rs` | the word of the run token, serving, handing over, closing |
+//! | `lane.rs` | one sender's way in: a ring of posts, a cell for a call |
 //! | `port.rs` | the sender's side: ask, post, fence, stop |
 //! | `placement.rs` | who runs a turn: the sender, a thread, a pool |
 //! | `park.rs` | spin, then sleep, without a lost wake-up |
@@ -27,6 +28,7 @@
 //! | `sync.rs` | the atomics: the real ones, or loom's when models are explored |
 //! | `models.rs` | loom models of the token, park and close protocols |
 
+mod lane;
 mod mailbox;
 pub(crate) mod park;
 mod placement;
@@ -39,7 +41,8 @@ mod models;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
-pub use mailbox::{LANE_CREDITS, MAX_LANES};
+pub use lane::LANE_CREDITS;
+pub use mailbox::MAX_LANES;
 pub use placement::{Placement, PlacementKind, Pool};
 pub use port::{Address, Closed, Port, Spawned};
 pub use rank::{Rank, RankGuard};

@@ -76,6 +76,59 @@ fn loom_three_asks_with_hand_over() {
 }
 
 #[test]
+fn loom_friends_are_served_once_each() {
+    // Of two that ask twice, one may serve the other in the first round, and so look into its lane unasked in the
+    // second, while the other looks for the reply before it registers, and registers in the midst of being served.
+    explore(2, || {
+        let address = adder(2);
+        let (mut a, mut b) = (address.connect().unwrap(), address.connect().unwrap());
+        let other = thread::spawn(move || {
+            let first = b.ask(10).unwrap().0;
+            (first, b.ask(100).unwrap().0)
+        });
+        let first = a.ask(1).unwrap().0;
+        let mine = (first, a.ask(1).unwrap().0);
+        let theirs = other.join().unwrap();
+        assert!(mine.0 % 10 == 1 && mine.1 % 10 == 2, "{mine:?}");
+        assert!(theirs.0 >= 10 && theirs.1 >= 110, "{theirs:?}");
+        assert_eq!(mine.1.max(theirs.1), 112);
+    });
+}
+
+#[test]
+fn loom_a_friend_meets_the_end() {
+    // The actor panics in a turn that its holder does for a friend, or for itself while the friend is not registered.
+    explore(2, || {
+        let address = Address::spawn(Mortal, "mortal", Placement::Handoff, 2, |_| {})
+            .expect("no thread is started")
+            .address;
+        let (mut a, mut b) = (address.connect().unwrap(), address.connect().unwrap());
+        let other = thread::spawn(move || {
+            let _ = b.ask(false);
+            b.ask(true)
+        });
+        let _ = a.ask(false);
+        let _ = a.ask(false);
+        assert_eq!(other.join().unwrap(), Err(Closed));
+        assert!(address.is_closed());
+        assert_eq!(a.ask(false), Err(Closed));
+    });
+}
+
+/// Panics when told to.
+struct Mortal;
+
+impl Actor for Mortal {
+    type Message = bool;
+    type Reply = ();
+    const RANK: Rank = Rank::Device;
+
+    fn handle(&mut self, panic: bool) {
+        assert!(!panic, "told to");
+    }
+}
+
+#[test]
 fn loom_what_a_holder_hands_over_is_served() {
     // A holder whose budget is used up while a post and an ask of others are left gives the token to the asker, and
     // the post's bit with it: if it did not, the post would lie in its lane for ever.

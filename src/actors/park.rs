@@ -104,10 +104,10 @@ impl Futex {
     }
 }
 
-/// How many times to look before going to sleep. A look costs a `pause` (about 40 to 140 cycles on current
+/// How many times to look before doing something else. A look costs a `pause` (about 40 to 140 cycles on current
 /// machines), so this is a few microseconds: what a turn takes, and less than a sleep and a wake-up. On a machine
 /// with one processor nobody else can make progress while we look, so there it is 0.
-pub(crate) fn spin_limit() -> u32 {
+fn spin_limit() -> u32 {
     #[cfg(loom)]
     {
         1
@@ -122,16 +122,40 @@ pub(crate) fn spin_limit() -> u32 {
     }
 }
 
-/// Looks at `ready` up to [`spin_limit`] times. `true` as soon as it is.
+/// How often to let others run before going to sleep. Whoever waits for longer than a spin most likely waits for a
+/// thread that has no processor, since there are more threads than processors. A yield gives it ours, and nobody has to
+/// be woken afterwards, which would cost more and keep others from running.
+#[cfg(not(loom))]
+const YIELDS: u32 = 16;
+
+/// Looks at `ready` up to so many times, and says how often it had to.
 #[inline]
-pub(crate) fn spin_until(mut ready: impl FnMut() -> bool) -> bool {
-    for _ in 0..spin_limit() {
+pub(crate) fn look(times: u32, mut ready: impl FnMut() -> bool) -> Option<u32> {
+    for looks in 0..times {
         if ready() {
-            return true;
+            return Some(looks);
         }
         spin_loop();
         #[cfg(loom)]
         loom::thread::yield_now();
+    }
+    ready().then_some(times)
+}
+
+/// Looks at `ready` for a few microseconds. `true` as soon as it is.
+#[inline]
+pub(crate) fn spin_until(ready: impl FnMut() -> bool) -> bool {
+    look(spin_limit(), ready).is_some()
+}
+
+/// Lets others run for a while, looking at `ready` in between. `true` as soon as it is.
+pub(crate) fn yield_until(mut ready: impl FnMut() -> bool) -> bool {
+    #[cfg(not(loom))]
+    for _ in 0..YIELDS {
+        if ready() {
+            return true;
+        }
+        std::thread::yield_now();
     }
     ready()
 }

@@ -1,9 +1,8 @@
 //! The sender's side of a mailbox.
 
-use super::mailbox::{
-    ASLEEP, CLOSED, Core, DEAD, DONE, Envelope, GRANTED, HELD, IDLE, LANE_CREDITS, PARKED, WAITING,
-};
-use super::park::spin_until;
+use super::lane::{Call, DEAD, DONE, GRANTED, LANE_CREDITS, LEFT, PARKED, WAITING};
+use super::mailbox::{ASLEEP, CLOSED, Core, HELD, Met, lane_bit};
+use super::park::{look, spin_until, yield_until};
 use super::placement::{Placement, Runner};
 use super::rank;
 use super::sync::{Arc, Ordering};
@@ -104,6 +103,8 @@ impl<A: Actor> Address<A> {
                     core: self.core.clone(),
                     lane: index,
                     stopped: false,
+                    friends: Friends::default(),
+                    served: false,
                 });
             }
         }
@@ -128,7 +129,63 @@ pub struct Port<A: Actor> {
     lane: usize,
     /// A stop was left behind: nothing goes behind it.
     stopped: bool,
+    friends: Friends,
+    /// The last ask was served by somebody else, and soon.
+    served: bool,
 }
+
+/// Whom a sender has served lately, so that it looks into their lanes unasked; see [`super::mailbox`].
+#[derive(Default)]
+struct Friends {
+    /// The bits of their lanes.
+    lanes: u64,
+    /// Looks in a row that found nothing.
+    in_vain: u32,
+    /// Own turns until the next look.
+    turns: u32,
+    /// Own turns between looks: as many as the friends do not notice much, since each look that finds something takes
+    /// as long as several short turns.
+    every: u32,
+}
+
+impl Friends {
+    /// Looks in vain until they are forgotten.
+    const FORGET: u32 = 16;
+    /// The most own turns between looks.
+    const SELDOM: u32 = 16;
+    /// A friend shall look so often for its reply: longer than without us, shorter than [`PATIENCE`].
+    const LOOKS: std::ops::Range<u32> = 7..11;
+
+    /// Those served by the sender of lane `own`.
+    fn add(&mut self, served: u64, own: usize) {
+        self.lanes |= served & !lane_bit(own);
+    }
+
+    /// Whether to look after this turn.
+    #[inline]
+    fn is_time(&mut self) -> bool {
+        self.turns = self.turns.saturating_sub(1);
+        self.turns == 0
+    }
+
+    /// Learns from a look.
+    fn found(&mut self, met: &Met) {
+        self.in_vain = if met.any { 0 } else { self.in_vain + 1 };
+        if self.in_vain > Self::FORGET {
+            *self = Friends::default();
+        } else if met.any {
+            if met.looked < Self::LOOKS.start {
+                self.every = (self.every + 1).min(Self::SELDOM);
+            } else if met.looked >= Self::LOOKS.end {
+                self.every /= 2;
+            }
+        }
+        self.turns = self.every;
+    }
+}
+
+/// How often a sender looks for the reply before it registers, if its last ask was served by somebody else.
+const PATIENCE: u32 = if cfg!(loom) { 1 } else { 24 };
 
 impl<A: Actor> Port<A> {
     /// Sends and waits for the reply.
@@ -141,28 +198,68 @@ impl<A: Actor> Port<A> {
     #[inline]
     pub fn ask(&mut self, message: A::Message) -> Result<A::Reply, Closed> {
         rank::assert_may_wait_for(A::RANK, &self.core.name);
-        let core = &*self.core;
-        // Idle: nobody runs it and nothing is queued, so this is the oldest message there is. See the module
-        // documentation of `mailbox` for why 0 means that.
-        if core.runner.is_sender()
-            && core
-                .word
-                .compare_exchange(0, HELD, Ordering::Acquire, Ordering::Relaxed)
-                .is_ok()
-        {
-            return match core.turn(message) {
-                Ok(reply) => {
-                    core.release();
-                    Ok(reply)
-                }
-                Err(obituary) => {
-                    core.die(obituary);
-                    Err(Closed)
-                }
-            };
+        if self.try_take() {
+            return self.turn(message);
         }
-        self.wait_for(Envelope::Ask(message))?;
-        self.core.lanes[self.lane].take_reply().ok_or(Closed)
+        self.ask_busy(message)
+    }
+
+    /// Takes the token if the actor is idle, so that the message can be handled by a turn of our own.
+    #[inline(always)]
+    fn try_take(&self) -> bool {
+        // Idle: nobody runs it and nothing is queued, so ours is the oldest message there is. See the module
+        // documentation of `mailbox` for why 0 means that.
+        self.core.runner.is_sender() && !self.served && self.core.try_hold()
+    }
+
+    #[cold]
+    fn ask_busy(&mut self, message: A::Message) -> Result<A::Reply, Closed> {
+        self.call(Call::Ask(message))?;
+        match self.core.lanes[self.lane].take() {
+            Call::Reply(reply) => Ok(reply),
+            _ => Err(Closed),
+        }
+    }
+
+    /// A turn of our own, for the holder of the token, who lets go of it.
+    #[inline(always)]
+    fn turn(&mut self, message: A::Message) -> Result<A::Reply, Closed> {
+        match self.core.turn(message) {
+            Ok(reply) => {
+                if self.friends.lanes != 0 {
+                    self.release_among_friends();
+                } else if !self.core.try_release() {
+                    self.combine();
+                }
+                Ok(reply)
+            }
+            Err(obituary) => {
+                self.core.die(obituary);
+                Err(Closed)
+            }
+        }
+    }
+
+    /// Serves those who came in during our turn, and lets go of the token.
+    #[cold]
+    fn combine(&mut self) {
+        let served = self.core.combine();
+        self.friends.add(served, self.lane);
+    }
+
+    /// Serves those who have been served here before, if they have something, and lets go of the token.
+    #[inline(never)]
+    fn release_among_friends(&mut self) {
+        if self.friends.is_time() {
+            match self.core.serve_friends(self.friends.lanes) {
+                Ok(met) => self.friends.found(&met),
+                // It is closed. Our own turn was before.
+                Err(()) => return,
+            }
+        }
+        if !self.core.try_release() {
+            self.combine();
+        }
     }
 
     /// Sends and goes on. Waits only when [`LANE_CREDITS`] earlier posts of this port are unhandled.
@@ -171,28 +268,45 @@ impl<A: Actor> Port<A> {
     /// [`Closed`] when the actor has ended. A post that was taken can still be lost if the actor ends first.
     #[inline]
     pub fn post(&mut self, message: A::Message) -> Result<(), Closed> {
-        let core = &*self.core;
-        if core.runner.is_sender()
-            && core
-                .word
-                .compare_exchange(0, HELD, Ordering::Acquire, Ordering::Relaxed)
-                .is_ok()
-        {
-            return match core.turn(message) {
-                Ok(_) => {
-                    core.release();
-                    Ok(())
-                }
-                Err(obituary) => {
-                    core.die(obituary);
-                    Err(Closed)
-                }
-            };
+        if self.try_take() {
+            return self.turn(message).map(drop);
         }
-        if core.lanes[self.lane].backlog() >= LANE_CREDITS {
-            self.wait_for(Envelope::Fence)?;
+        self.post_busy(message)
+    }
+
+    #[cold]
+    fn post_busy(&mut self, message: A::Message) -> Result<(), Closed> {
+        if self.core.lanes[self.lane].backlog() >= LANE_CREDITS {
+            self.call(Call::Fence)?;
         }
-        self.leave(Envelope::Post(message)).map(|_| ())
+        if self.stopped || self.is_closed() {
+            return Err(Closed);
+        }
+        // Who posts does not look for replies.
+        self.served = false;
+        self.core.lanes[self.lane].push(message);
+        self.register().map(drop)
+    }
+
+    /// Asks or posts. Which of them matters only while the actor is busy, and only then `is_post` is called. `true`: it
+    /// was a post, and may not have been handled yet.
+    ///
+    /// # Errors
+    /// As [`Port::ask`] and [`Port::post`].
+    ///
+    /// # Panics
+    /// As [`Port::ask`].
+    #[inline]
+    pub fn tell(&mut self, message: A::Message, is_post: impl FnOnce() -> bool) -> Result<bool, Closed> {
+        rank::assert_may_wait_for(A::RANK, &self.core.name);
+        if self.try_take() {
+            return self.turn(message).map(|_| false);
+        }
+        if is_post() {
+            self.post_busy(message).map(|()| true)
+        } else {
+            self.ask_busy(message).map(|_| false)
+        }
     }
 
     /// Sends and goes on, or gives the message back when there are no credits. Never waits, so it is for those who
@@ -202,7 +316,7 @@ impl<A: Actor> Port<A> {
     /// `Err(Some(message))` without credits; `Err(None)` when the actor has ended.
     pub fn try_post(&mut self, message: A::Message) -> Result<(), Option<A::Message>> {
         // Nobody empties the lanes of a closed actor, so this comes first.
-        if self.stopped || self.core.word.load(Ordering::Relaxed) & CLOSED != 0 {
+        if self.stopped || self.is_closed() {
             return Err(None);
         }
         if self.core.lanes[self.lane].backlog() >= LANE_CREDITS {
@@ -221,23 +335,23 @@ impl<A: Actor> Port<A> {
             return Ok(());
         }
         rank::assert_may_wait_for(A::RANK, &self.core.name);
-        self.wait_for(Envelope::Fence)
+        self.call(Call::Fence)
     }
 
     /// Ends the actor, after what this port has sent before. Waits until it has ended.
     pub fn stop(&mut self) {
         rank::assert_may_wait_for(A::RANK, &self.core.name);
         // Closed already is what was wanted.
-        let _ = self.wait_for(Envelope::Stop);
+        let _ = self.call(Call::Stop);
     }
 
     /// Ends the actor, after what this port has sent before. Does not wait, so it can be used on an actor that may
     /// be stuck.
     pub fn stop_later(&mut self) {
-        // The slot beyond the credits is free, as nobody waits on this lane. What would come behind a stop is refused
-        // here, so the stop is the last thing in the lane and keeps its slot.
-        if !std::mem::replace(&mut self.stopped, true) {
-            let _ = self.push(Envelope::Stop);
+        // What would come behind a stop is refused here, so the stop is the last thing in the lane and keeps its cell.
+        if !std::mem::replace(&mut self.stopped, true) && !self.is_closed() {
+            self.core.lanes[self.lane].call(Call::Stop, LEFT);
+            let _ = self.register();
         }
     }
 
@@ -246,87 +360,112 @@ impl<A: Actor> Port<A> {
         &self.core.name
     }
 
-    /// Puts an envelope into the lane and sees to it that somebody serves it.
-    fn leave(&mut self, envelope: Envelope<A::Message>) -> Result<(), Closed> {
-        if self.stopped {
-            return Err(Closed);
-        }
-        self.push(envelope)
+    /// Nobody empties the lanes of a closed actor: without this look a persistent sender would fill its own.
+    fn is_closed(&self) -> bool {
+        self.core.word.load(Ordering::Relaxed) & CLOSED != 0
     }
 
-    fn push(&mut self, envelope: Envelope<A::Message>) -> Result<(), Closed> {
+    /// Sees to it that somebody serves what is in the lane. `true`: this very call has done it.
+    fn register(&mut self) -> Result<bool, Closed> {
         let core = &*self.core;
-        // Nobody empties the lanes of a closed actor: without this look a persistent sender would fill its own.
-        if core.word.load(Ordering::Relaxed) & CLOSED != 0 {
-            return Err(Closed);
-        }
-        core.lanes[self.lane].push(envelope);
         // AcqRel: this may take the token (Acquire), and it publishes the lane (Release).
-        let before = core
-            .word
-            .fetch_or(HELD | Core::<A>::bit(self.lane), Ordering::AcqRel);
+        let before = core.word.fetch_or(HELD | lane_bit(self.lane), Ordering::AcqRel);
         if before & CLOSED != 0 {
             // What is in the lane is dropped with the mailbox.
             return Err(Closed);
         }
         if before & HELD == 0 {
             match core.runner {
-                Runner::Sender => core.combine_from(self.lane),
+                Runner::Sender => {
+                    self.friends.add(core.combine_from(self.lane), self.lane);
+                    return Ok(true);
+                }
                 Runner::Pool(_) => core.runner.schedule(self.core.clone()),
                 Runner::Resident => unreachable!("a resident never lets go of its token"),
             }
         } else if before & ASLEEP != 0 {
             core.ring();
         }
-        Ok(())
+        Ok(false)
     }
 
-    /// Leaves an envelope that is answered, and waits for the answer.
+    /// Leaves a call, and waits until it was handled.
     #[cold]
-    fn wait_for(&mut self, envelope: Envelope<A::Message>) -> Result<(), Closed> {
+    fn call(&mut self, call: Call<A::Message, A::Reply>) -> Result<(), Closed> {
+        if self.stopped {
+            return Err(Closed);
+        }
         let lane = self.lane;
-        // Relaxed: published together with the envelope.
-        self.core.lanes[lane].state.store(WAITING, Ordering::Relaxed);
-        let outcome = self.leave(envelope).and_then(|()| self.await_state());
-        self.core.lanes[lane].state.store(IDLE, Ordering::Relaxed);
+        self.core.lanes[lane].call(call, WAITING);
+        let outcome = self.await_reply();
+        if outcome.is_err() {
+            // Nobody will: what was called for is dropped now, not with the mailbox.
+            self.core.lanes[lane].take();
+        }
         outcome
     }
 
     /// Waits for `DONE` or `DEAD`; when the token is handed to us, uses it.
-    fn await_state(&mut self) -> Result<(), Closed> {
-        let core = &*self.core;
-        let state = &core.lanes[self.lane].state;
-        let settled = |now: u32| now != WAITING && now != PARKED;
+    fn await_reply(&mut self) -> Result<(), Closed> {
+        // Whom somebody served the last time, it may serve again without being told.
+        let expects = std::mem::replace(&mut self.served, false);
+        let looked = if expects {
+            look(PATIENCE, || self.is_settled())
+        } else {
+            None
+        };
+        if let Some(looked) = looked {
+            self.served = true;
+            self.core.lanes[self.lane].looked.store(looked, Ordering::Relaxed);
+        } else if !self.register()? && spin_until(|| self.is_settled()) {
+            self.served = self.core.runner.is_sender();
+        }
         loop {
-            if !spin_until(|| settled(state.load(Ordering::Acquire)))
-                && state
-                    .compare_exchange(WAITING, PARKED, Ordering::AcqRel, Ordering::Acquire)
-                    .is_ok()
-            {
-                while state.load(Ordering::Acquire) == PARKED {
-                    state.wait(PARKED);
-                }
-            }
+            let state = &self.core.lanes[self.lane].state;
             match state.load(Ordering::Acquire) {
                 DONE => return Ok(()),
-                DEAD => return Err(Closed),
-                GRANTED => {
-                    // We hold the token. Our own envelope is still in the lane: back to waiting, then serve it.
-                    state.store(WAITING, Ordering::Relaxed);
-                    core.combine_from(self.lane);
+                DEAD => {
+                    self.served = false;
+                    return Err(Closed);
                 }
-                _ => {}
+                GRANTED => {
+                    // We hold the token. Our own call is still in the lane: back to waiting, then serve it.
+                    state.store(WAITING, Ordering::Relaxed);
+                    let served = self.core.combine_from(self.lane);
+                    self.friends.add(served, self.lane);
+                    self.served = false;
+                }
+                _ => {
+                    if !yield_until(|| self.is_settled())
+                        && state
+                            .compare_exchange(WAITING, PARKED, Ordering::AcqRel, Ordering::Acquire)
+                            .is_ok()
+                    {
+                        while state.load(Ordering::Acquire) == PARKED {
+                            state.wait(PARKED);
+                        }
+                    }
+                }
             }
         }
+    }
+
+    /// Whether the call needs no more waiting.
+    #[inline]
+    fn is_settled(&self) -> bool {
+        let state = self.core.lanes[self.lane].state.load(Ordering::Acquire);
+        state != WAITING && state != PARKED
     }
 }
 
 impl<A: Actor> Drop for Port<A> {
     fn drop(&mut self) {
         // Posts that are still in the lane will be served: their bit is set. The next user of the lane comes after
-        // them.
-        self.core.lanes[self.lane]
-            .connected
-            .store(false, Ordering::Release);
+        // them. Not so a stop: its cell is in use until the end.
+        if !self.stopped {
+            self.core.lanes[self.lane]
+                .connected
+                .store(false, Ordering::Release);
+        }
     }
 }

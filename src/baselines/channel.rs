@@ -3,9 +3,9 @@
 
 use crate::actors::Actor;
 use crate::devices::shell::{DeviceMessage, Shell};
-use crate::devices::{Access, AccessClass};
+use crate::devices::{Access, AccessClass, Direction};
 use crate::host::events::{Deliver, Gate};
-use crate::vcpu::route::Reach;
+use crate::vcpu::route::{Classify, Reach};
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use std::hint::spin_loop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -95,14 +95,16 @@ impl Reach for ChannelReach {
         self.call(device, DeviceMessage::Read(access))
     }
 
-    fn write(&mut self, device: usize, access: Access, value: u64, class: AccessClass) {
+    fn write(&mut self, device: usize, access: Access, value: u64, classify: Classify) -> bool {
         let message = DeviceMessage::Write(access, value);
-        match class {
+        match classify(access, Direction::Write) {
             AccessClass::Ask => {
                 self.call(device, message);
+                false
             }
             AccessClass::Post => {
                 let _ = self.devices[device].0.send(Request { message, reply: None });
+                true
             }
         }
     }

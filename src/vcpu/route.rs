@@ -23,6 +23,9 @@ pub enum Space {
     Mmio,
 }
 
+/// How an access may be sent: [`crate::devices::Device::classify`].
+pub type Classify = fn(Access, Direction) -> AccessClass;
+
 /// Who answers for a range.
 #[derive(Clone)]
 pub enum Target {
@@ -31,7 +34,7 @@ pub enum Target {
         /// As returned by [`RoutingTable::connect`].
         device: usize,
         /// From [`crate::devices::Device::classify`].
-        classify: fn(Access, Direction) -> AccessClass,
+        classify: Classify,
     },
     /// A word that its owner publishes: read in place, no message. Writes are ignored.
     Published(Arc<dyn Published>),
@@ -195,8 +198,8 @@ pub trait Reach: Send + 'static {
     /// Sends a read and waits for the value; `None` when the device is dead.
     fn ask(&mut self, device: usize, access: Access) -> Option<u64>;
 
-    /// Sends a write. When it returns, an [`AccessClass::Ask`] is complete.
-    fn write(&mut self, device: usize, access: Access, value: u64, class: AccessClass);
+    /// Sends a write. `false`: it is complete. `true`: it may not be, since `classify` lets it be posted.
+    fn write(&mut self, device: usize, access: Access, value: u64, classify: Classify) -> bool;
 
     /// Everything posted to the device is complete.
     fn fence(&mut self, device: usize);
@@ -210,13 +213,11 @@ impl Reach for Vec<Port<Shell>> {
     }
 
     #[inline]
-    fn write(&mut self, device: usize, access: Access, value: u64, class: AccessClass) {
-        let message = DeviceMessage::Write(access, value);
+    fn write(&mut self, device: usize, access: Access, value: u64, classify: Classify) -> bool {
+        let is_post = || classify(access, Direction::Write) == AccessClass::Post;
+        let sent = self[device].tell(DeviceMessage::Write(access, value), is_post);
         // A dead device takes nothing.
-        let _ = match class {
-            AccessClass::Ask => self[device].ask(message).map(|_| ()),
-            AccessClass::Post => self[device].post(message),
-        };
+        sent.unwrap_or(false)
     }
 
     #[inline]
@@ -358,11 +359,12 @@ impl<R: Reach> Accesses for RoutingTable<R> {
             return;
         };
         self.order(device);
-        let class = classify(access, Direction::Write);
-        if class == AccessClass::Post {
+        if self
+            .reach
+            .write(device, access, value & width.all_ones(), classify)
+        {
             self.posted = Some(device);
         }
-        self.reach.write(device, access, value & width.all_ones(), class);
     }
 }
 
