@@ -3,10 +3,13 @@
 //! One word says it all, so a reader can never see half of a change: either `running`, with what to subtract from
 //! the host's monotonic clock, or `frozen`, with the time at which it stands. The machine actor alone writes it.
 
-use crate::devices::Nanos;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
+
+/// Nanoseconds of guest time since the machine was created; does not advance while the machine is paused.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Hash)]
+pub struct Nanos(pub u64);
 
 const FROZEN: u64 = 1 << 63;
 

@@ -40,11 +40,8 @@ pub(crate) mod testing;
 pub mod uart16550;
 
 use crate::clock::Clock;
+pub use crate::clock::Nanos;
 use std::fmt;
-
-/// Nanoseconds of guest time since the machine was created; does not advance while the machine is paused.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Hash)]
-pub struct Nanos(pub u64);
 
 /// Width of one access: what a guest can express with one `in`, `out` or load or store that leaves KVM.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
