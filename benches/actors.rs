@@ -79,6 +79,7 @@ fn routing(c: &mut Criterion) {
     let mut table = RoutingTable::new(Clock::new(), slog::Logger::root(slog::Discard, slog::o!()));
     for n in 0..16 {
         let outside = Surroundings {
+            life: None,
             clock: Clock::new(),
             line: None,
             character: None,

@@ -61,6 +61,11 @@ impl Clock {
         }
     }
 
+    /// Whether it stands.
+    pub fn is_frozen(&self) -> bool {
+        self.state.load(Ordering::Relaxed) & FROZEN != 0
+    }
+
     /// Stops it. For the machine actor.
     pub fn freeze(&self) {
         self.state.store(FROZEN | self.now().0, Ordering::Relaxed);

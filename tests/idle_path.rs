@@ -161,6 +161,7 @@ const ACCESS: Access = Access {
 
 fn spawn(device: Box<dyn Device>, clock: &Clock, placement: Placement) -> Spawned<Shell> {
     let outside = Surroundings {
+        life: None,
         clock: clock.clone(),
         line: None,
         character: None,

@@ -12,7 +12,7 @@ use actor_vmm::machine::cpuid::Topology;
 use actor_vmm::machine::dispatch::Dispatch;
 use actor_vmm::machine::memory::{self, Backing, MemoryConfig};
 use actor_vmm::machine::outcome::Outcome;
-use actor_vmm::machine::supervisor::{self, Guest, MachineConfig, Unwired};
+use actor_vmm::machine::supervisor::{self, Guest, MachineConfig, OnReset, Unwired};
 use actor_vmm::machine::vm::Vm;
 use actor_vmm::vcpu::Cause;
 use actor_vmm::vcpu::backend::{Backend as _, RunError};
@@ -401,6 +401,7 @@ fn machine_of_one(name: &str, irqchip: bool) -> (Vm, kvm_ioctls::VcpuFd, Machine
         console: ConsoleKind::Off,
         debug_console: ConsoleKind::Off,
         timeout: Some(Duration::from_millis(300)),
+        on_reset: OnReset::Exit,
     };
     let memory = memory::create(&config.memory).unwrap();
     let Guest::Image { bytes, at, entry } = guest else {
@@ -541,8 +542,8 @@ fn registers_that_the_processor_refuses_are_an_internal_error() {
 }
 
 #[test]
-fn every_test_guest_is_used_above() {
-    let source = include_str!("kvm_guests.rs");
+fn every_test_guest_is_used() {
+    let source = concat!(include_str!("kvm_guests.rs"), include_str!("kvm_control.rs"));
     for case in CASES {
         let quoted = format!("\"{}\"", case.name);
         assert!(

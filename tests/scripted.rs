@@ -11,7 +11,7 @@ use actor_vmm::machine::dispatch::Dispatch;
 use actor_vmm::machine::memory::{Backing, MIN_BYTES, MemoryConfig};
 use actor_vmm::machine::outcome::Outcome;
 use actor_vmm::machine::state::State;
-use actor_vmm::machine::supervisor::{self, Guest, MachineConfig, StartError, Unwired};
+use actor_vmm::machine::supervisor::{self, Guest, MachineConfig, OnReset, StartError, Unwired};
 use actor_vmm::vcpu::exit::Exit;
 use actor_vmm::vcpu::route::{Route, RoutingTable, Space, Target};
 use actor_vmm::vcpu::scripted::{Script, ScriptedBackend, Seen, Source, Step};
@@ -147,6 +147,7 @@ fn run_sources<S: Source + 'static, L: Lines<Error = StartError>>(sources: Vec<S
         console: ConsoleKind::File(file.0.clone()),
         debug_console: ConsoleKind::Off,
         timeout: Some(given.timeout),
+        on_reset: OnReset::Exit,
     };
     let (log, lines) = kept_log();
     let backends = sources.into_iter().map(ScriptedBackend::new).collect();
@@ -695,6 +696,7 @@ impl Single {
         kick::install_handler().unwrap();
         let clock = Clock::new();
         let outside = Surroundings {
+            life: None,
             clock: clock.clone(),
             line: None,
             character: None,

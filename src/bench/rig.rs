@@ -9,13 +9,14 @@ use super::devices::{Register, Word, Work};
 use super::plan::{Class, Contestant, Load, STORM_CALLBACK_NS, STORM_CALLBACKS, STORM_POLL_NS};
 use crate::actors::{Rank, RankGuard};
 use crate::baselines::mutex;
+use crate::boot::EntryPoint;
 use crate::clock::Clock;
 use crate::devices::Device;
 use crate::devices::shell::{DeviceMessage, Shell, Surroundings};
 use crate::host::events::{Deliver, Gate};
 use crate::machine::chipset::DeviceSet;
 use crate::machine::dispatch::{Actors, BigLock, Channels, DeviceLocks, Discipline, Dispatch, MutexKind};
-use crate::vcpu::backend::{Backend, RunError};
+use crate::vcpu::backend::{Backend, ResetError, RunError};
 use crate::vcpu::exit::{Exit, decode};
 use crate::vcpu::registers::Registers;
 use crate::vcpu::route::{Bus, Route, RouteMap, Space, Target};
@@ -141,6 +142,10 @@ impl Backend for Again {
     fn wakes_from_halt(&self) -> bool {
         true
     }
+
+    fn reset(&mut self, _entry: Option<&EntryPoint>) -> Result<(), ResetError> {
+        Ok(())
+    }
 }
 
 /// The devices of a load: the measured ones, then the slow one, then the storm's.
@@ -170,6 +175,7 @@ fn devices(load: &Load, scale: Scale) -> DeviceSet {
         };
         routes.insert(Space::Pio, route).expect("the ranges are apart");
         let outside = Surroundings {
+            life: None,
             clock: clock.clone(),
             line: None,
             character: None,

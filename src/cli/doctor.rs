@@ -7,7 +7,7 @@ use crate::host::console::ConsoleKind;
 use crate::machine::dispatch::Dispatch;
 use crate::machine::memory::{Backing, MIN_BYTES, MemoryConfig};
 use crate::machine::outcome::{Outcome, status};
-use crate::machine::supervisor::{self, MachineConfig};
+use crate::machine::supervisor::{self, MachineConfig, OnReset};
 use crate::machine::vm;
 use crate::vcpu::Cause;
 use crate::vcpu::exit::Exit;
@@ -42,6 +42,7 @@ fn try_probe(probe: &Probe) -> Verdict {
         console: ConsoleKind::Off,
         debug_console: ConsoleKind::Off,
         timeout: Some(PROBE_LIMIT),
+        on_reset: OnReset::Exit,
     };
     match supervisor::run(&config, &Logger::root(Discard, o!())) {
         Ok(Outcome::GuestExit(1)) => Verdict::Works,

@@ -10,7 +10,7 @@ use crate::host::{log as hostlog, terminal};
 use crate::machine::dispatch::Dispatch;
 use crate::machine::memory::{Backing, MemoryConfig, parse_size};
 use crate::machine::outcome::status;
-use crate::machine::supervisor::{self, Guest, MAX_CPUS, MachineConfig};
+use crate::machine::supervisor::{self, Guest, MAX_CPUS, MachineConfig, OnReset};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use slog::{Level, info};
 use std::error::Error;
@@ -88,6 +88,9 @@ struct Run {
     /// How much is told on stderr
     #[arg(long, value_enum, default_value_t = LogLevel::Info)]
     log_level: LogLevel,
+    /// What becomes of the machine when the guest asks for a reset
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t = ResetBy::Exit)]
+    on_reset: ResetBy,
     /// Ends the machine after this many seconds
     #[arg(long, value_name = "SECS", value_parser = parse_seconds)]
     timeout: Option<Duration>,
@@ -126,6 +129,14 @@ enum Unpacking {
     Host,
     /// The guest
     Guest,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ResetBy {
+    /// The machine ends, with status 10
+    Exit,
+    /// It is reset in place: the guest boots again
+    Reset,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -199,6 +210,10 @@ impl Run {
             console: self.console.clone(),
             debug_console: self.debug_console.clone(),
             timeout: self.timeout,
+            on_reset: match self.on_reset {
+                ResetBy::Exit => OnReset::Exit,
+                ResetBy::Reset => OnReset::Reset,
+            },
         }
     }
 

@@ -36,6 +36,10 @@ pub trait InterruptLine: Send {
 /// Where a device's requests to the machine go. Must not wait: it is called in a device's turn.
 pub type RequestSink = Box<dyn Fn(MachineRequest) + Send>;
 
+/// Where a device says that it has handled a lifecycle message (all but [`Lifecycle::Start`], which nobody waits for).
+/// Must not wait: it is called in a device's turn.
+pub type LifeSink = Box<dyn Fn() + Send>;
+
 /// What a device is connected to.
 pub struct Surroundings {
     /// Guest time.
@@ -48,6 +52,8 @@ pub struct Surroundings {
     pub timer: Option<TimerSlot>,
     /// Where requests go.
     pub requests: RequestSink,
+    /// Where the end of lifecycle messages is told.
+    pub life: Option<LifeSink>,
 }
 
 impl Context for Surroundings {
@@ -85,6 +91,16 @@ pub struct Shell {
     outside: Surroundings,
     level: bool,
     deadline: Option<Nanos>,
+    /// While the machine is paused.
+    held: Option<Held>,
+}
+
+/// What came from the host's side while the machine was paused, and waits for the end of that: state must not change.
+#[derive(Clone, Copy, Default)]
+struct Held {
+    tick: bool,
+    input: bool,
+    output: bool,
 }
 
 impl Shell {
@@ -95,6 +111,70 @@ impl Shell {
             outside,
             level: false,
             deadline: None,
+            held: None,
+        }
+    }
+
+    /// The machine's life. Guest time is the clock's: a device that is not called does not change.
+    fn live(&mut self, event: Lifecycle) {
+        match event {
+            Lifecycle::Start => return,
+            Lifecycle::Pause => {
+                self.held.get_or_insert_default();
+            }
+            Lifecycle::Resume => {
+                if let Some(held) = self.held.take() {
+                    if held.tick {
+                        self.tick();
+                    }
+                    if held.input {
+                        self.device.input_ready(&mut self.outside);
+                    }
+                    if held.output {
+                        self.device.output_ready(&mut self.outside);
+                    }
+                }
+            }
+            Lifecycle::Reset => {
+                self.device.reset(&mut self.outside);
+                // The host's side is as it was: what is there is told again, as it is to a new device.
+                match &mut self.held {
+                    Some(held) => (held.input, held.output) = (true, true),
+                    None => self.device.input_ready(&mut self.outside),
+                }
+            }
+        }
+        // The line is as the state says before anybody hears that it is so.
+        self.reflect();
+        if let Some(tell) = &self.outside.life {
+            tell();
+        }
+    }
+
+    fn tick(&mut self) {
+        // A tick that was on its way when the deadline moved is too early: nothing is due.
+        if self
+            .device
+            .deadline()
+            .is_some_and(|deadline| deadline <= self.outside.clock.now())
+        {
+            self.device.tick(&mut self.outside);
+        }
+        // The timer is spent whatever came of it, and must be told again even if the deadline is the same.
+        self.deadline = None;
+    }
+
+    /// From the host's side: at once, or after a pause.
+    #[cold]
+    fn hear_host(&mut self, message: DeviceMessage) {
+        match (message, &mut self.held) {
+            (DeviceMessage::Tick, Some(held)) => held.tick = true,
+            (DeviceMessage::InputReady, Some(held)) => held.input = true,
+            (DeviceMessage::OutputReady, Some(held)) => held.output = true,
+            (DeviceMessage::Tick, None) => self.tick(),
+            (DeviceMessage::InputReady, None) => self.device.input_ready(&mut self.outside),
+            (DeviceMessage::OutputReady, None) => self.device.output_ready(&mut self.outside),
+            _ => {}
         }
     }
 
@@ -129,23 +209,10 @@ impl Actor for Shell {
         match message {
             DeviceMessage::Read(access) => reply = self.device.read(&mut self.outside, access),
             DeviceMessage::Write(access, value) => self.device.write(&mut self.outside, access, value),
-            DeviceMessage::Tick => {
-                // A tick that was on its way when the deadline moved is too early: nothing is due.
-                if self
-                    .device
-                    .deadline()
-                    .is_some_and(|deadline| deadline <= self.outside.clock.now())
-                {
-                    self.device.tick(&mut self.outside);
-                }
-                // The timer is spent whatever came of it, and must be told again even if the deadline is the same.
-                self.deadline = None;
+            DeviceMessage::Tick | DeviceMessage::InputReady | DeviceMessage::OutputReady => {
+                self.hear_host(message);
             }
-            DeviceMessage::InputReady => self.device.input_ready(&mut self.outside),
-            DeviceMessage::OutputReady => self.device.output_ready(&mut self.outside),
-            DeviceMessage::Lifecycle(Lifecycle::Reset) => self.device.reset(&mut self.outside),
-            // Guest time is the clock's: a device that is not called does not change.
-            DeviceMessage::Lifecycle(Lifecycle::Start | Lifecycle::Pause | Lifecycle::Resume) => {}
+            DeviceMessage::Lifecycle(event) => self.live(event),
         }
         self.reflect();
         reply
@@ -214,9 +281,43 @@ mod tests {
             line: Some(Box::new(Line(edges.clone()))),
             character: None,
             timer: None,
+            life: None,
             requests: Box::new(move |request| requests.send(request).unwrap()),
         };
         (Shell::new(Box::<Toy>::default(), outside), edges, asked)
+    }
+
+    #[test]
+    fn a_paused_device_is_told_afterwards_what_came_meanwhile() {
+        let (mut shell, _, _) = shell();
+        shell.handle(DeviceMessage::Write(REGISTER, 1 << 1));
+        shell.handle(DeviceMessage::Lifecycle(Lifecycle::Pause));
+        while shell.outside.clock.now() < Nanos(1) {}
+        shell.handle(DeviceMessage::Tick);
+        assert_eq!(shell.handle(DeviceMessage::Read(REGISTER)), 1 << 1);
+        shell.handle(DeviceMessage::Lifecycle(Lifecycle::Resume));
+        assert_eq!(shell.handle(DeviceMessage::Read(REGISTER)), 1);
+    }
+
+    #[test]
+    fn every_lifecycle_message_that_somebody_waits_for_is_acknowledged() {
+        let (mut shell, _, _) = shell();
+        let count = Arc::new(AtomicU64::new(0));
+        let counted = count.clone();
+        shell.outside.life = Some(Box::new(move || {
+            counted.fetch_add(1, Ordering::Relaxed);
+        }));
+        for event in [
+            Lifecycle::Start,
+            Lifecycle::Pause,
+            Lifecycle::Pause,
+            Lifecycle::Reset,
+            Lifecycle::Resume,
+            Lifecycle::Resume,
+        ] {
+            shell.handle(DeviceMessage::Lifecycle(event));
+        }
+        assert_eq!(count.load(Ordering::Relaxed), 5);
     }
 
     #[test]

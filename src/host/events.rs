@@ -347,7 +347,9 @@ impl Running {
     /// How long to sleep: `None` for as long as nothing happens.
     fn timeout(&mut self) -> Option<Duration> {
         let now = self.clock.now();
-        let deadlines = self.timed.iter().filter_map(|timed| timed.slot.deadline());
+        // While guest time stands no deadline comes nearer; the machine wakes the loop when it goes on.
+        let timed = self.timed.iter().filter(|_| !self.clock.is_frozen());
+        let deadlines = timed.filter_map(|timed| timed.slot.deadline());
         let deadline = deadlines
             .map(|deadline| Duration::from_nanos(deadline.0.saturating_sub(now.0)))
             .min();

@@ -21,6 +21,7 @@ use crate::host::timer::TimerSlot;
 use crate::vcpu::route::{Route, RouteMap, Space, Target};
 use crossbeam_channel::Sender;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// The names that `--placement NAME=…` takes.
 pub const DEVICE_NAMES: [&str; 8] = [
@@ -95,6 +96,8 @@ pub struct Wired {
     pub shell: Shell,
     /// For `--placement` and the log.
     pub name: &'static str,
+    /// How many lifecycle messages it has handled. The machine is told too, but may have no room for that.
+    pub answered: Arc<AtomicU32>,
     base: u16,
     claims: &'static [Claim],
     classify: fn(Access, Direction) -> AccessClass,
@@ -207,6 +210,14 @@ impl Chipset {
             slot
         });
         let machine = config.machine.clone();
+        let answered = Arc::new(AtomicU32::new(0));
+        let (count, news) = (answered.clone(), config.machine.clone());
+        let life = Box::new(move || {
+            // Release: who sees the count sees what the device did.
+            count.fetch_add(1, Ordering::Release);
+            // A machine without room has messages to handle, and looks at the count after each.
+            let _ = news.try_send(MachineMessage::DeviceAnswered);
+        });
         let outside = Surroundings {
             clock: config.clock.clone(),
             line,
@@ -214,11 +225,13 @@ impl Chipset {
             timer,
             // A turn must not wait. A full mailbox has an end of the machine in it already.
             requests: Box::new(move |request| drop(machine.try_send(MachineMessage::Device(request)))),
+            life: Some(life),
         };
         let (name, classify) = (device.name(), device.classify());
         self.devices.push(Wired {
             shell: Shell::new(device, outside),
             name,
+            answered,
             base,
             claims,
             classify,

@@ -5,6 +5,7 @@
 
 use super::MachineMessage;
 use super::chipset::DeviceSet;
+use super::messenger::{Courier, Messenger};
 use crate::actors::{Address, Lifecycle, Placement, PlacementKind, Pool, Port, Spawned};
 use crate::baselines::big_lock::{self, BigLockBus, BigLockGate};
 use crate::baselines::channel::{self, ChannelAddress, ChannelReach};
@@ -106,10 +107,13 @@ pub trait Discipline {
     fn control(&mut self) -> Box<dyn Control>;
 }
 
-/// What the machine actor can do to all devices at once. It never waits for one.
+/// What the machine actor can do to the devices. It never waits for one, and never runs a device's turn.
 pub trait Control {
-    /// Tells all devices about the machine's life.
-    fn tell(&mut self, event: Lifecycle);
+    /// Tells a device about the machine's life. `false`: it cannot be told.
+    fn tell(&mut self, device: usize, event: Lifecycle) -> bool;
+
+    /// Devices have not answered for a long time: whoever brings them their messages may be stuck with one of them.
+    fn reinforce(&mut self);
 
     /// Ends all devices, after what was said before. `all_ended`: all who use them have ended, so none can be stuck and
     /// their threads are waited for. If not, the names of those that do not end are returned.
@@ -200,42 +204,58 @@ impl Discipline for Actors {
             .collect();
         let addresses = self.devices.iter().map(|device| device.address.clone()).collect();
         Box::new(ActorControl {
-            ports: self.ports(),
+            messenger: Messenger::new(self.ports()),
             addresses,
             threads,
         })
     }
 }
 
+impl Courier for Port<Shell> {
+    fn deliver(&mut self, event: Lifecycle) {
+        // There is a credit: the machine waits for the answer of one before it orders another. A device that is gone
+        // answers nothing.
+        let _ = self.try_post(DeviceMessage::Lifecycle(event));
+    }
+
+    fn stop(&mut self) {
+        self.stop_later();
+    }
+}
+
 struct ActorControl {
-    ports: Vec<Port<Shell>>,
+    messenger: Messenger<Port<Shell>>,
     addresses: Vec<Address<Shell>>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Control for ActorControl {
-    fn tell(&mut self, event: Lifecycle) {
-        for port in &mut self.ports {
-            let _ = port.try_post(DeviceMessage::Lifecycle(event));
-        }
+    fn tell(&mut self, device: usize, event: Lifecycle) -> bool {
+        !self.addresses[device].is_closed() && self.messenger.order(device, event)
+    }
+
+    fn reinforce(&mut self) {
+        self.messenger.reinforce();
     }
 
     fn stop(&mut self, all_ended: bool) -> Vec<String> {
-        for port in &mut self.ports {
-            port.stop_later();
-        }
-        if all_ended {
-            for thread in self.threads.drain(..) {
-                let _ = thread.join();
-            }
-            return Vec::new();
-        }
+        self.messenger.stop();
         let deadline = Instant::now() + DEVICE_LIMIT;
         while self.addresses.iter().any(|device| !device.is_closed()) && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(1));
         }
-        let stuck = self.addresses.iter().filter(|device| !device.is_closed());
-        stuck.map(|device| device.name().to_string()).collect()
+        let stuck: Vec<String> = self
+            .addresses
+            .iter()
+            .filter(|device| !device.is_closed())
+            .map(|device| device.name().to_string())
+            .collect();
+        if all_ended && stuck.is_empty() {
+            for thread in self.threads.drain(..) {
+                let _ = thread.join();
+            }
+        }
+        stuck
     }
 }
 
@@ -279,10 +299,7 @@ impl Discipline for Channels {
 
     fn control(&mut self) -> Box<dyn Control> {
         // The threads end when all who could send are gone.
-        Box::new(GateControl {
-            count: self.devices.len(),
-            gate: self.gate(),
-        })
+        gate_control(self.devices.len(), || self.gate())
     }
 }
 
@@ -315,10 +332,7 @@ impl<M: Mutex<Shell>> Discipline for DeviceLocks<M> {
     }
 
     fn control(&mut self) -> Box<dyn Control> {
-        Box::new(GateControl {
-            count: self.1,
-            gate: self.gate(),
-        })
+        gate_control(self.1, || self.gate())
     }
 }
 
@@ -354,27 +368,49 @@ impl<M: Mutex<big_lock::Machine>> Discipline for BigLock<M> {
     }
 
     fn control(&mut self) -> Box<dyn Control> {
-        Box::new(GateControl {
-            count: self.1,
-            gate: self.gate(),
-        })
+        gate_control(self.1, || self.gate())
     }
 }
 
 /// Through a gate: for disciplines whose devices have no end of their own.
-struct GateControl {
-    count: usize,
+struct GateCourier {
+    device: usize,
     gate: Box<dyn Gate>,
 }
 
-impl Control for GateControl {
-    fn tell(&mut self, event: Lifecycle) {
-        let count = self.count;
-        self.gate.with(&mut |devices: &mut dyn Deliver| {
-            for device in 0..count {
-                devices.try_send(device, DeviceMessage::Lifecycle(event));
+fn gate_control(count: usize, gate: impl Fn() -> Box<dyn Gate>) -> Box<dyn Control> {
+    let courier = |device| GateCourier { device, gate: gate() };
+    Box::new(GateControl(Messenger::new((0..count).map(courier).collect())))
+}
+
+impl Courier for GateCourier {
+    fn deliver(&mut self, event: Lifecycle) {
+        let device = self.device;
+        let mut sent = false;
+        while !sent {
+            self.gate.with(&mut |devices: &mut dyn Deliver| {
+                sent = devices.try_send(device, DeviceMessage::Lifecycle(event));
+            });
+            if !sent {
+                // Its mailbox is full (`channel`); locks always take it.
+                std::thread::sleep(Duration::from_millis(1));
             }
-        });
+        }
+    }
+
+    // There is nothing to end.
+    fn stop(&mut self) {}
+}
+
+struct GateControl(Messenger<GateCourier>);
+
+impl Control for GateControl {
+    fn tell(&mut self, device: usize, event: Lifecycle) -> bool {
+        self.0.order(device, event)
+    }
+
+    fn reinforce(&mut self) {
+        self.0.reinforce();
     }
 
     // There is nothing to end, and no way to tell who is stuck.

@@ -297,6 +297,27 @@ pub fn create(config: &MemoryConfig) -> Result<GuestMemoryMmap, MemoryError> {
         .map_err(|_| map_error(size, huge, MmapRegionError::InvalidOffsetLength))
 }
 
+/// Empties guest memory: every page reads zeros and is the host's again, as after [`create`].
+///
+/// # Errors
+/// What the host says, for memory that is neither private nor a file with holes.
+pub fn clear(memory: &GuestMemoryMmap) -> io::Result<()> {
+    for region in memory.iter() {
+        // A hole in the file, or no private pages.
+        let advice = if region.file_offset().is_some() {
+            libc::MADV_REMOVE
+        } else {
+            libc::MADV_DONTNEED
+        };
+        // SAFETY: the range is one mapping of `memory`, which nobody has references into: the guest does not run, and
+        // vm-memory's accesses are volatile copies. Both leave the mapping in place and zeros in it.
+        if unsafe { libc::madvise(region.as_ptr().cast(), region.len() as usize, advice) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
 /// The file behind shared guest memory.
 fn create_file(size: u64, huge: bool) -> Result<File, MemoryError> {
     let fail = |errno: Errno| MemoryError::Create {
@@ -569,6 +590,28 @@ mod tests {
         std::os::unix::fs::FileExt::read_exact_at(offset.file(), &mut bytes, offset.start()).unwrap();
         assert_eq!(u32::from_le_bytes(bytes), 0x1122_3344);
         assert!(offset.file().set_len(0).is_err(), "a sealed file does not shrink");
+    }
+
+    #[test]
+    fn cleared_memory_reads_zeros_whatever_it_is_made_of() {
+        for backing in [Backing::Memfd, Backing::Anonymous] {
+            let memory = create(&MemoryConfig {
+                size_bytes: MIN_BYTES,
+                backing,
+            })
+            .unwrap();
+            for at in [0, 4096, MIN_BYTES - 8] {
+                memory.write_obj(0x55u64, GuestAddress(at)).unwrap();
+            }
+            clear(&memory).unwrap();
+            for at in [0, 4096, MIN_BYTES - 8] {
+                assert_eq!(
+                    memory.read_obj::<u64>(GuestAddress(at)).unwrap(),
+                    0,
+                    "{backing:?}"
+                );
+            }
+        }
     }
 
     #[test]

@@ -2,8 +2,13 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `supervisor.rs` | the machine actor: starts, watches and ends everything; owns the state |
+//! | `supervisor.rs` | what a machine is made of, and how it is put together |
+//! | `actor.rs` | the machine actor: watches, pauses, resets and ends everything; owns the state |
 //! | `state.rs` | the machine's states, as a pure state machine |
+//! | `conductor.rs` | who is told what in which order for a pause, a resume, a reset: pure |
+//! | `request.rs` | what may be asked of the machine, and the answers |
+//! | `messenger.rs` | brings lifecycle messages to devices, so that the machine actor is never stuck in one |
+//! | `platform.rs` | what is neither a vCPU nor a device, to be stopped and reset |
 //! | `outcome.rs` | how a machine ends, and the exit status for it |
 //! | `chipset.rs` | which devices there are, where, and what they are connected to |
 //! | `dispatch.rs` | how vCPUs and the event loop reach the devices: actors, or a baseline |
@@ -11,19 +16,26 @@
 //! | `memory.rs` | guest memory |
 //! | `cpuid.rs` | what a vCPU's CPUID says |
 
+mod actor;
 pub mod chipset;
+pub mod conductor;
 pub mod cpuid;
 pub mod dispatch;
 pub mod memory;
+mod messenger;
 pub mod outcome;
+pub mod platform;
+pub mod request;
 pub mod state;
 pub mod supervisor;
 pub mod vm;
 
 use crate::actors::Obituary;
+use crate::boot::EntryPoint;
 use crate::devices::MachineRequest;
 use crate::host::events::HostEvent;
 use crate::vcpu::VcpuNews;
+use supervisor::StartError;
 
 /// What the machine actor receives.
 #[derive(Debug)]
@@ -34,6 +46,24 @@ pub enum MachineMessage {
     Device(MachineRequest),
     /// A device's actor died.
     Died(Obituary),
+    /// A device has handled a lifecycle message: look at the counts.
+    DeviceAnswered,
     /// From the event loop.
     Host(HostEvent),
+    /// From whoever controls the machine.
+    Request(request::Request),
+    /// The guest was loaded anew, or could not be.
+    Reloaded(Reloaded),
+}
+
+/// What comes back from the thread that loads the guest anew.
+pub struct Reloaded {
+    platform: Box<dyn platform::Platform>,
+    entry: Result<Option<EntryPoint>, StartError>,
+}
+
+impl std::fmt::Debug for Reloaded {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.entry.fmt(f)
+    }
 }

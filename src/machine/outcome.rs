@@ -19,6 +19,10 @@ pub enum Outcome {
     TripleFault,
     /// Neither the guest nor we could go on. Printed by the machine when it happened.
     InternalError(Box<Diagnosis>),
+    /// The machine was to be reset in place and could not be. Why.
+    ResetFailed(String),
+    /// Somebody stopped it through its control socket.
+    Stopped,
     /// The event loop panicked: nobody would hear signals or the console any more.
     EventLoopDied,
     /// `--timeout` was over. With the state the machine was in.
@@ -45,6 +49,8 @@ pub mod status {
     pub const TIMED_OUT: u8 = 16;
     /// The host could not provide what the machine needs.
     pub const HOST_TROUBLE: u8 = 18;
+    /// Somebody stopped it through its control socket.
+    pub const STOPPED: u8 = 20;
     /// Signals: 128 and the signal's number. Ctrl-A x counts as an interrupt.
     pub const SIGNAL: u8 = 128;
     /// The text of the table, for `--help`.
@@ -57,6 +63,7 @@ Exit status:
   14       internal error: neither the guest nor actor-vmm could go on
   16       --timeout was over
   18       the host could not provide what the machine needs
+  20       stopped through the control socket
   1 to 127, odd
            the guest wrote v to the debug-exit port (0xf4): 2 * v + 1, with v at most 63
   128 + n  ended by signal n: 129 HUP, 130 INT (also Ctrl-A x), 131 QUIT, 143 TERM";
@@ -71,7 +78,10 @@ impl Outcome {
             Outcome::GuestExit(value) => (*value).min(63) << 1 | 1,
             Outcome::Reset => status::RESET,
             Outcome::GuestPanic | Outcome::TripleFault => status::GUEST_PANIC,
-            Outcome::InternalError(_) | Outcome::EventLoopDied => status::INTERNAL_ERROR,
+            Outcome::InternalError(_) | Outcome::EventLoopDied | Outcome::ResetFailed(_) => {
+                status::INTERNAL_ERROR
+            }
+            Outcome::Stopped => status::STOPPED,
             Outcome::TimedOut(_) => status::TIMED_OUT,
             Outcome::Signal(signal) => status::SIGNAL.wrapping_add(*signal as u8),
             Outcome::Quit => status::SIGNAL + libc::SIGINT as u8,
@@ -88,6 +98,8 @@ impl fmt::Display for Outcome {
             Outcome::GuestPanic => f.write_str("the guest's kernel panicked"),
             Outcome::TripleFault => f.write_str("the guest ended in a triple fault"),
             Outcome::InternalError(_) => f.write_str("internal error"),
+            Outcome::ResetFailed(why) => write!(f, "internal error: the machine cannot be reset: {why}"),
+            Outcome::Stopped => f.write_str("stopped through the control socket"),
             Outcome::EventLoopDied => f.write_str(
                 "internal error: the event loop died; this is a bug in actor-vmm, please report it",
             ),

@@ -1,22 +1,40 @@
 //! The machine's states, as a pure state machine. Its one owner is the machine actor.
 //!
 //! ```text
-//!  CREATED ──start──▶ RUNNING ──stop──▶ STOPPING ──stopped──▶ STOPPED
-//!     │                  │                 ▲
-//!     │                  └─fail─▶ INTERNAL ─┤ stop
-//!     └───────────────────────── ERROR     │
-//!     └──────────────────stop──────────────┘
+//!              start            pause             all have answered
+//!   CREATED ──────────▶ RUNNING ──────▶ PAUSING ─────────────────▶ PAUSED
+//!                        ▲ │ ▲           │  resume                 │ │ ▲
+//!                        │ │ └───────────┘                         │ │ │
+//!                        │ │ ◀───────────────── resume ────────────┘ │ │
+//!                        │ │ reset                             reset │ │
+//!                        │ ▼                                         ▼ │
+//!                        └──────────────── RESETTING ─────────────────┘
+//!                          done, was running        done, was paused
+//!
+//!   CREATED, RUNNING, PAUSING, PAUSED, RESETTING ──fail──▶ INTERNAL ERROR
+//!   all of these ──stop──▶ STOPPING ──stopped──▶ STOPPED
 //! ```
+//!
+//! PAUSING and RESETTING last until every vCPU and every device has answered. A stuck device can make that for ever: the
+//! machine then stays PAUSING with everybody else at rest, and can be resumed or stopped; a reset that waits too long
+//! is given up before anything was changed, and the machine goes on.
 
 use std::fmt;
 
 /// What a machine is doing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
 pub enum State {
     /// Everything is there, nothing runs.
     Created,
     /// vCPUs run.
     Running,
+    /// vCPUs and devices are told to pause; not all have answered.
+    Pausing,
+    /// Nothing of the guest changes, and its time stands.
+    Paused,
+    /// On the way back to the state after power-on.
+    Resetting,
     /// vCPUs are told to end.
     Stopping,
     /// Nothing runs any more.
@@ -30,6 +48,18 @@ pub enum State {
 pub enum Transition {
     /// All vCPUs are ready.
     Start,
+    /// Somebody wants it to stand still.
+    Pause,
+    /// Everybody stands still.
+    Paused,
+    /// Somebody wants it to go on.
+    Resume,
+    /// Somebody wants it back at power-on.
+    Reset,
+    /// It is at power-on, or its reset was given up, and runs.
+    ResetRunning,
+    /// It is at power-on, or its reset was given up, and stands still as it did before.
+    ResetPaused,
     /// Somebody or something ends it.
     Stop,
     /// All vCPUs have ended, or are given up.
@@ -40,10 +70,22 @@ pub enum Transition {
 
 /// A transition that the state does not allow.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("a machine that is {0} cannot {1:?}")]
+#[error("a machine that is {0} {1}")]
 pub struct Refused(pub State, pub Transition);
 
 impl State {
+    /// All of them.
+    pub const ALL: [State; 8] = [
+        State::Created,
+        State::Running,
+        State::Pausing,
+        State::Paused,
+        State::Resetting,
+        State::Stopping,
+        State::Stopped,
+        State::InternalError,
+    ];
+
     /// The state after a transition.
     ///
     /// # Errors
@@ -52,11 +94,24 @@ impl State {
         use State::*;
         match (self, transition) {
             (Created, Transition::Start) => Ok(Running),
-            (Created | Running | InternalError, Transition::Stop) => Ok(Stopping),
-            (Created | Running, Transition::Fail) => Ok(InternalError),
+            (Running, Transition::Pause) => Ok(Pausing),
+            (Pausing, Transition::Paused) => Ok(Paused),
+            (Pausing | Paused, Transition::Resume) => Ok(Running),
+            (Running | Paused, Transition::Reset) => Ok(Resetting),
+            (Resetting, Transition::ResetRunning) => Ok(Running),
+            (Resetting, Transition::ResetPaused) => Ok(Paused),
+            (Created | Running | Pausing | Paused | Resetting | InternalError, Transition::Stop) => {
+                Ok(Stopping)
+            }
+            (Created | Running | Pausing | Paused | Resetting, Transition::Fail) => Ok(InternalError),
             (Stopping, Transition::Stopped) => Ok(Stopped),
             _ => Err(Refused(self, transition)),
         }
+    }
+
+    /// From the number that it is published as; see [`State::ALL`].
+    pub fn from_number(number: u8) -> Option<State> {
+        State::ALL.get(usize::from(number)).copied()
     }
 }
 
@@ -65,9 +120,28 @@ impl fmt::Display for State {
         f.write_str(match self {
             State::Created => "created",
             State::Running => "running",
+            State::Pausing => "pausing",
+            State::Paused => "paused",
+            State::Resetting => "resetting",
             State::Stopping => "stopping",
             State::Stopped => "stopped",
             State::InternalError => "in internal error",
+        })
+    }
+}
+
+impl fmt::Display for Transition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Transition::Start => "cannot be started",
+            Transition::Pause => "cannot be paused",
+            Transition::Paused => "cannot become paused",
+            Transition::Resume => "cannot be resumed",
+            Transition::Reset => "cannot be reset",
+            Transition::ResetRunning | Transition::ResetPaused => "cannot come out of a reset",
+            Transition::Stop => "cannot be stopped",
+            Transition::Stopped => "cannot become stopped",
+            Transition::Fail => "cannot fail",
         })
     }
 }
@@ -83,14 +157,34 @@ mod tests {
             (Created, Transition::Start, Running),
             (Created, Transition::Stop, Stopping),
             (Created, Transition::Fail, InternalError),
+            (Running, Transition::Pause, Pausing),
+            (Running, Transition::Reset, Resetting),
             (Running, Transition::Stop, Stopping),
             (Running, Transition::Fail, InternalError),
+            (Pausing, Transition::Paused, Paused),
+            (Pausing, Transition::Resume, Running),
+            (Pausing, Transition::Stop, Stopping),
+            (Pausing, Transition::Fail, InternalError),
+            (Paused, Transition::Resume, Running),
+            (Paused, Transition::Reset, Resetting),
+            (Paused, Transition::Stop, Stopping),
+            (Paused, Transition::Fail, InternalError),
+            (Resetting, Transition::ResetRunning, Running),
+            (Resetting, Transition::ResetPaused, Paused),
+            (Resetting, Transition::Stop, Stopping),
+            (Resetting, Transition::Fail, InternalError),
             (InternalError, Transition::Stop, Stopping),
             (Stopping, Transition::Stopped, Stopped),
         ];
-        for state in [Created, Running, Stopping, Stopped, InternalError] {
+        for state in State::ALL {
             for transition in [
                 Transition::Start,
+                Transition::Pause,
+                Transition::Paused,
+                Transition::Resume,
+                Transition::Reset,
+                Transition::ResetRunning,
+                Transition::ResetPaused,
                 Transition::Stop,
                 Transition::Stopped,
                 Transition::Fail,
@@ -102,5 +196,13 @@ mod tests {
                 assert_eq!(state.after(transition).ok(), expected, "{state} {transition:?}");
             }
         }
+    }
+
+    #[test]
+    fn numbers_lead_back() {
+        for state in State::ALL {
+            assert_eq!(State::from_number(state as u8), Some(state));
+        }
+        assert_eq!(State::from_number(State::ALL.len() as u8), None);
     }
 }

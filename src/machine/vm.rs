@@ -4,11 +4,15 @@
 use crate::boot::entry::{self, EntryPoint};
 use crate::boot::layout;
 use crate::devices::shell::InterruptLine;
-use crate::machine::cpuid;
+use crate::machine::platform::Platform;
+use crate::machine::supervisor::StartError;
+use crate::machine::{cpuid, memory};
 use crate::vcpu::kvm::KvmBackend;
+use crate::vcpu::power_on::{self, PowerOn};
 use kvm_bindings as kvm;
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use std::sync::Arc;
+use std::time::Duration;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -105,6 +109,8 @@ pub struct Vm {
     sync_regs: i32,
     irqchip: bool,
     cpuid: kvm::CpuId,
+    /// The MSRs that are put back at a reset.
+    msrs: Vec<u32>,
 }
 
 /// APIC IDs above this need the 32-bit format of KVM's x2APIC interface.
@@ -196,6 +202,8 @@ impl Vm {
         let cpuid = kvm
             .get_supported_cpuid(kvm::KVM_MAX_CPUID_ENTRIES)
             .map_err(refused("KVM_GET_SUPPORTED_CPUID"))?;
+        let msrs = kvm.get_msr_index_list().map(|list| list.as_slice().to_vec());
+        let msrs = power_on::wanted_msrs(&msrs.map_err(refused("KVM_GET_MSR_INDEX_LIST"))?);
         Ok(Vm {
             kvm,
             fd: Arc::new(fd),
@@ -204,6 +212,7 @@ impl Vm {
             sync_regs,
             irqchip,
             cpuid,
+            msrs,
         })
     }
 
@@ -261,9 +270,54 @@ impl Vm {
         fd.set_regs(&regs).map_err(refused("KVM_SET_REGS"))
     }
 
-    /// A vCPU as a backend for its actor.
+    /// A vCPU as a backend for its actor. The state that it has now is the one that a reset gives it.
     pub fn backend(&self, fd: VcpuFd) -> KvmBackend {
-        KvmBackend::new(fd, self.mapped, self.memory.clone(), self.sync_regs, self.irqchip)
+        let power_on = PowerOn::take(&fd, &self.msrs);
+        KvmBackend::new(
+            fd,
+            self.mapped,
+            self.memory.clone(),
+            self.sync_regs,
+            self.irqchip,
+            power_on,
+        )
+    }
+
+    /// What a reset and a pause do to the VM itself. Before any vCPU runs. `load` puts the guest into empty memory.
+    ///
+    /// # Errors
+    /// See [`VmError`].
+    pub fn platform(
+        &self,
+        load: impl FnMut(&GuestMemoryMmap) -> Result<EntryPoint, StartError> + Send + 'static,
+    ) -> Result<VmPlatform, VmError> {
+        let mut irqchips = Vec::new();
+        let mut pit = None;
+        if self.irqchip {
+            for chip_id in [
+                kvm::KVM_IRQCHIP_PIC_MASTER,
+                kvm::KVM_IRQCHIP_PIC_SLAVE,
+                kvm::KVM_IRQCHIP_IOAPIC,
+            ] {
+                let mut chip = kvm::kvm_irqchip {
+                    chip_id,
+                    ..Default::default()
+                };
+                self.fd
+                    .get_irqchip(&mut chip)
+                    .map_err(refused("KVM_GET_IRQCHIP"))?;
+                irqchips.push(chip);
+            }
+            pit = Some(self.fd.get_pit2().map_err(refused("KVM_GET_PIT2"))?);
+        }
+        Ok(VmPlatform {
+            vm: self.fd.clone(),
+            memory: self.memory.clone(),
+            irqchips,
+            pit,
+            frozen: None,
+            load: Box::new(load),
+        })
     }
 
     fn features(&self) -> cpuid::Features {
@@ -291,6 +345,62 @@ impl Vm {
             vm: self.fd.clone(),
             gsi,
         })
+    }
+}
+
+/// Puts the guest into empty memory, and says where it starts.
+type Load = dyn FnMut(&GuestMemoryMmap) -> Result<EntryPoint, StartError> + Send;
+
+/// The VM, as it is paused and reset.
+pub struct VmPlatform {
+    vm: Arc<VmFd>,
+    memory: GuestMemoryMmap,
+    /// As they were before any vCPU ran.
+    irqchips: Vec<kvm::kvm_irqchip>,
+    pit: Option<kvm::kvm_pit_state2>,
+    /// The clock and the PIT when guest time was stopped.
+    frozen: Option<(kvm::kvm_clock_data, Option<kvm::kvm_pit_state2>)>,
+    load: Box<Load>,
+}
+
+/// After a pause of this length and more the PIT starts its period anew, or KVM would deliver every tick of the pause
+/// in a burst. A shorter one is left to catch up: a guest that counts ticks shall have them.
+const PIT_FORGETS: Duration = Duration::from_millis(100);
+
+impl Platform for VmPlatform {
+    fn freeze(&mut self) {
+        // A host without the clock has guests without it. The TSC and what is made of it (the local APIC's deadline)
+        // cannot be stopped; guests that use it as a clock see the pause, as on QEMU.
+        let clock = self.vm.get_clock().ok();
+        let pit = self.pit.and_then(|_| self.vm.get_pit2().ok());
+        self.frozen = clock.map(|clock| (clock, pit));
+    }
+
+    fn thaw(&mut self, stood: Duration) {
+        let Some((mut clock, pit)) = self.frozen.take() else {
+            return;
+        };
+        // Flags say how the clock was read, not how to set it. [KVM api: KVM_SET_CLOCK]
+        clock.flags = 0;
+        let _ = self.vm.set_clock(&clock);
+        if let Some(pit) = pit.filter(|_| stood >= PIT_FORGETS) {
+            let _ = self.vm.set_pit2(&pit);
+        }
+    }
+
+    fn reset(&mut self) -> Result<Option<EntryPoint>, StartError> {
+        for chip in &self.irqchips {
+            self.vm.set_irqchip(chip).map_err(refused("KVM_SET_IRQCHIP"))?;
+        }
+        if let Some(pit) = &self.pit {
+            self.vm.set_pit2(pit).map_err(refused("KVM_SET_PIT2"))?;
+            // It is not to be set to what it was before the reset when time goes on.
+            if let Some(frozen) = &mut self.frozen {
+                frozen.1 = None;
+            }
+        }
+        memory::clear(&self.memory).map_err(StartError::Host)?;
+        (self.load)(&self.memory).map(Some)
     }
 }
 

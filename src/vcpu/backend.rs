@@ -2,6 +2,7 @@
 
 use super::exit::Exit;
 use super::registers::Registers;
+use crate::boot::EntryPoint;
 use nix::errno::Errno;
 
 /// Why the guest could not be run.
@@ -13,6 +14,16 @@ pub enum RunError {
     Again,
     /// Anything else: the host cannot run this guest.
     Failed(Errno),
+}
+
+/// A vCPU cannot be put back to the state after power-on.
+#[derive(Debug, thiserror::Error)]
+#[error("{what} fails, which a reset needs; the host's kernel log (dmesg) may tell why")]
+pub struct ResetError {
+    /// The ioctl.
+    pub what: &'static str,
+    /// Why.
+    pub source: kvm_ioctls::Error,
 }
 
 /// Runs a guest's processor until it needs something. Used by one thread only, its vCPU's.
@@ -47,4 +58,13 @@ pub trait Backend {
     /// Whether the guest's halts are the backend's business (in-kernel interrupt controller). If not, a vCPU that
     /// halts sleeps on its mailbox.
     fn wakes_from_halt(&self) -> bool;
+
+    /// The vCPU stands still from now on, for some time: the guest's own watchdogs shall not take that for a lock-up.
+    fn paused(&mut self) {}
+
+    /// Back to the state after power-on; with an entry, that of the boot processor of a guest that starts there.
+    ///
+    /// # Errors
+    /// See [`ResetError`].
+    fn reset(&mut self, entry: Option<&EntryPoint>) -> Result<(), ResetError>;
 }

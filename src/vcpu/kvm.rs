@@ -1,8 +1,11 @@
 //! The KVM backend: one vCPU's descriptor, its `kvm_run` mapping, and nothing that anybody else could touch.
 
-use super::backend::{Backend, RunError};
+use super::backend::{Backend, ResetError, RunError};
 use super::exit::{Exit, decode};
+use super::power_on::PowerOn;
 use super::registers::Registers;
+use crate::boot::EntryPoint;
+use crate::boot::entry;
 use kvm_bindings::{KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS};
 use kvm_ioctls::VcpuFd;
 use nix::errno::Errno;
@@ -19,17 +22,19 @@ pub struct KvmBackend {
     memory: GuestMemoryMmap,
     sync_regs: bool,
     irqchip: bool,
+    power_on: Result<PowerOn, kvm_ioctls::Error>,
 }
 
 impl KvmBackend {
     /// Takes a vCPU that was set up. `mapped`: KVM_GET_VCPU_MMAP_SIZE; `sync_regs`: what KVM_CAP_SYNC_REGS says;
-    /// `irqchip`: whether the interrupt controllers are in the kernel.
+    /// `irqchip`: whether the interrupt controllers are in the kernel; `power_on`: its state now.
     pub fn new(
         fd: VcpuFd,
         mapped: usize,
         memory: GuestMemoryMmap,
         sync_regs: i32,
         irqchip: bool,
+        power_on: Result<PowerOn, kvm_ioctls::Error>,
     ) -> KvmBackend {
         KvmBackend {
             fd,
@@ -37,6 +42,7 @@ impl KvmBackend {
             memory,
             sync_regs: sync_regs as u64 & SYNC == SYNC,
             irqchip,
+            power_on,
         }
     }
 
@@ -131,5 +137,25 @@ impl Backend for KvmBackend {
 
     fn wakes_from_halt(&self) -> bool {
         self.irqchip
+    }
+
+    fn paused(&mut self) {
+        // Fails where the guest has no such clock, which then has no watchdog that looks at it either.
+        // [KVM api: KVM_KVMCLOCK_CTRL]
+        let _ = self.fd.kvmclock_ctrl();
+    }
+
+    fn reset(&mut self, entry: Option<&EntryPoint>) -> Result<(), ResetError> {
+        let failed = |what: &'static str| move |source| ResetError { what, source };
+        match &self.power_on {
+            Ok(state) => state.put_back(&self.fd)?,
+            Err(error) => return Err(failed("KVM_GET_REGS")(*error)),
+        }
+        let Some(entry) = entry else { return Ok(()) };
+        // The kernel that is started now may be another file than the one that the machine was started with.
+        let base = self.fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
+        let (regs, sregs) = entry::apply(entry, base);
+        self.fd.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))?;
+        self.fd.set_regs(&regs).map_err(failed("KVM_SET_REGS"))
     }
 }

@@ -1,11 +1,12 @@
 //! The vCPU actors: one thread each, sole owner of its descriptor, `kvm_run` mapping, registers and routing table.
 //!
 //! ```text
-//!            Start, Resume              Pause
-//!   READY ────────────────▶ RUNNING ─────────────▶ PAUSED ──▶ (Resume) RUNNING
-//!     │                        │  exit that cannot go on         │
-//!     │ Stop                   ▼                                 │ Stop
-//!     └──────────────────▶  ENDED ◀──────────────────────────────┘
+//!            Start, Resume              Pause                ┌───┐
+//!   READY ────────────────▶ RUNNING ─────────────▶ PAUSED ◀──┘ Reset
+//!     │                     ▲  │  exit that cannot │  │
+//!     │ Stop                │  │  go on (HALTED)   │  │ Stop
+//!     │                     └──┼───── Resume ──────┘  │
+//!     └──────────────────▶  ENDED ◀───────────────────┘
 //! ```
 //!
 //! A RUNNING vCPU alternates between the guest and the handling of its exits, and looks into its mailbox when it
@@ -15,13 +16,15 @@ pub mod backend;
 pub mod exit;
 pub mod kick;
 pub mod kvm;
+pub mod power_on;
 pub mod registers;
 pub mod route;
 pub mod scripted;
 
 use crate::actors::{Lifecycle, Rank, RankGuard};
+use crate::boot::EntryPoint;
 use crate::devices::Direction;
-use backend::{Backend, RunError};
+use backend::{Backend, ResetError, RunError};
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use exit::{Exit, MmioExit, PioExit, SystemEvent};
 use kick::{ImmediateExit, KickHandle, KickReceiver, ThreadSignal, kick};
@@ -34,12 +37,14 @@ use std::fmt;
 pub enum VcpuMessage {
     /// The machine's life.
     Lifecycle(Lifecycle),
+    /// [`Lifecycle::Reset`] of the boot processor: the guest that was loaded anew starts here.
+    ResetTo(EntryPoint),
     /// The vCPU ends.
     Stop,
 }
 
-/// Messages a vCPU's mailbox holds: the machine actor sends one at a time and waits for the news of it, and Stop
-/// may come on top.
+/// Messages a vCPU's mailbox holds: the machine actor has one on its way that is answered (Pause, Reset), sends no other
+/// before the answer, and may have sent Resume before it; Stop may come on top.
 const MAILBOX: usize = 4;
 
 /// What a vCPU tells the machine.
@@ -58,6 +63,8 @@ pub enum VcpuEvent {
     Ready,
     /// It does not run the guest until [`Lifecycle::Resume`]. No access is pending.
     Paused,
+    /// It is in the state after power-on, and still paused; or it cannot be.
+    Reset(Result<(), ResetError>),
     /// It cannot go on; see [`End`]. It waits for [`VcpuMessage::Stop`].
     Halted(End),
     /// It has ended. With the ranges that nobody claimed, and how often they were touched.
@@ -177,6 +184,11 @@ impl VcpuHandle {
     pub fn kick(&self) {
         self.kick.kick();
     }
+
+    /// The kick, for somebody else.
+    pub fn kicker(&self) -> KickHandle {
+        self.kick.clone()
+    }
 }
 
 /// A vCPU's mailbox, before its thread is.
@@ -279,8 +291,9 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
         loop {
             match self.inbox.mailbox.recv() {
                 Ok(VcpuMessage::Lifecycle(Lifecycle::Start | Lifecycle::Resume)) => return State::Running,
-                Ok(VcpuMessage::Lifecycle(Lifecycle::Pause)) => self.tell(VcpuEvent::Paused),
-                Ok(VcpuMessage::Lifecycle(Lifecycle::Reset)) => {}
+                Ok(VcpuMessage::Lifecycle(Lifecycle::Pause)) => self.pause(),
+                Ok(VcpuMessage::Lifecycle(Lifecycle::Reset)) => self.reset(None),
+                Ok(VcpuMessage::ResetTo(entry)) => self.reset(Some(&entry)),
                 // Without a machine there is nothing to run for.
                 Ok(VcpuMessage::Stop) | Err(_) => return State::Ended,
             }
@@ -322,14 +335,28 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
             match self.inbox.mailbox.try_recv() {
                 Ok(VcpuMessage::Lifecycle(Lifecycle::Pause)) => {
                     self.settle();
-                    self.tell(VcpuEvent::Paused);
+                    self.pause();
                     return Some(State::Waiting);
                 }
-                Ok(VcpuMessage::Lifecycle(Lifecycle::Start | Lifecycle::Resume | Lifecycle::Reset)) => {}
+                // A reset comes to a vCPU that is paused, and to no other.
+                Ok(VcpuMessage::Lifecycle(Lifecycle::Start | Lifecycle::Resume | Lifecycle::Reset))
+                | Ok(VcpuMessage::ResetTo(_)) => {}
                 Ok(VcpuMessage::Stop) | Err(TryRecvError::Disconnected) => return Some(State::Ended),
                 Err(TryRecvError::Empty) => return None,
             }
         }
+    }
+
+    /// PAUSED from now on.
+    fn pause(&mut self) {
+        self.backend.paused();
+        self.tell(VcpuEvent::Paused);
+    }
+
+    /// Back to power-on, by the one thread that may touch the vCPU.
+    fn reset(&mut self, entry: Option<&EntryPoint>) {
+        let done = self.backend.reset(entry);
+        self.tell(VcpuEvent::Reset(done));
     }
 
     /// No access of this vCPU is half done: its posts are handled, and the exit that was handled last is completed
@@ -373,10 +400,11 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
                 // The halt is over when the machine says so: it goes on behind the HLT, as after an interrupt.
                 Ok(VcpuMessage::Lifecycle(Lifecycle::Start | Lifecycle::Resume)) => return None,
                 Ok(VcpuMessage::Lifecycle(Lifecycle::Pause)) => {
-                    self.tell(VcpuEvent::Paused);
+                    self.bus.settle();
+                    self.pause();
                     return Some(State::Waiting);
                 }
-                Ok(VcpuMessage::Lifecycle(Lifecycle::Reset)) => {}
+                Ok(VcpuMessage::Lifecycle(Lifecycle::Reset) | VcpuMessage::ResetTo(_)) => {}
                 Ok(VcpuMessage::Stop) | Err(_) => return Some(State::Ended),
             }
         }

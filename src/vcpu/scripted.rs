@@ -15,10 +15,11 @@
 //! unknown 31 | fail-entry 21 | internal-error 1 | event shutdown
 //! ```
 
-use super::backend::{Backend, RunError};
+use super::backend::{Backend, ResetError, RunError};
 use super::exit::{Exit, InternalError, MmioExit, PioExit, SystemEvent};
 use super::registers::Registers;
 use crate::actors::park::Futex;
+use crate::boot::EntryPoint;
 use crate::devices::{Direction, Width};
 use nix::errno::Errno;
 use std::sync::atomic::Ordering;
@@ -79,6 +80,8 @@ pub trait Source: Send {
     fn next(&mut self) -> Option<Step>;
     /// What a read step got.
     fn seen(&mut self, step: &Step, value: u64);
+    /// The machine is reset: the guest starts again.
+    fn reset(&mut self) {}
 }
 
 /// Offset of port data in the pretended mapping, as KVM has it on x86.
@@ -230,11 +233,20 @@ impl<S: Source> Backend for ScriptedBackend<S> {
     fn wakes_from_halt(&self) -> bool {
         true
     }
+
+    fn reset(&mut self, _entry: Option<&EntryPoint>) -> Result<(), ResetError> {
+        self.source.reset();
+        self.pending = None;
+        self.halted = false;
+        Ok(())
+    }
 }
 
 /// A list of steps, and what its reads got.
 pub struct Script {
-    steps: std::vec::IntoIter<Step>,
+    steps: Vec<Step>,
+    /// The next of them.
+    at: usize,
     seen: crossbeam_channel::Sender<Seen>,
 }
 
@@ -267,13 +279,7 @@ impl Script {
     pub fn new(steps: Vec<Step>) -> (Script, crossbeam_channel::Receiver<Seen>) {
         // One entry a step at most, so the bound is never met.
         let (seen, results) = crossbeam_channel::bounded(steps.len().max(1));
-        (
-            Script {
-                steps: steps.into_iter(),
-                seen,
-            },
-            results,
-        )
+        (Script { steps, at: 0, seen }, results)
     }
 
     /// Reads the steps of a text; see the module's documentation.
@@ -295,7 +301,13 @@ impl Script {
 
 impl Source for Script {
     fn next(&mut self) -> Option<Step> {
-        self.steps.next()
+        let step = self.steps.get(self.at).cloned();
+        self.at += usize::from(step.is_some());
+        step
+    }
+
+    fn reset(&mut self) {
+        self.at = 0;
     }
 
     fn seen(&mut self, step: &Step, value: u64) {

@@ -1,0 +1,620 @@
+//! The machine actor: the sole owner of the machine's state.
+//!
+//! Owns: the state, the handles of all vCPUs, devices and the event loop. Receives: [`MachineMessage`]. Asks: nobody
+//! (it must answer while anybody else is stuck): it sends, and waits for news with a limit. Rank: supervisor. Ends:
+//! when everything else has, or when what is stuck has had its time.
+//!
+//! What a pause, a resume and a reset do in which order is decided in `conductor.rs`; here it is carried out.
+
+use super::conductor::{Conductor, Effect, Pending};
+use super::dispatch::{Control, Discipline};
+use super::outcome::Outcome;
+use super::platform::Platform;
+use super::request::{Answer, Command, Reply, Request};
+use super::state::{State, Transition};
+use super::supervisor::OnReset;
+use super::{MachineMessage, Reloaded};
+use crate::actors::Lifecycle;
+use crate::boot::EntryPoint;
+use crate::clock::Clock;
+use crate::devices::MachineRequest;
+use crate::host::character::{Waker, wake};
+use crate::host::events::{EventLoopHandle, HostEvent};
+use crate::vcpu::backend::Backend;
+use crate::vcpu::exit::SystemEvent;
+use crate::vcpu::route::Space;
+use crate::vcpu::{End, Vcpu, VcpuEvent, VcpuHandle, VcpuMessage, VcpuNews, vcpu_mailbox};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, select};
+use slog::{Logger, crit, debug, error, info, o, warn};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+/// How long vCPUs may take to end before they are given up and named.
+const VCPU_LIMIT: Duration = Duration::from_millis(500);
+/// How long the guest's last output may take to be written.
+pub(super) const OUTPUT_LIMIT: Duration = Duration::from_millis(300);
+/// The same when the guest ended by itself: whoever reads may be slow, and nothing shall be lost.
+const PATIENT_OUTPUT_LIMIT: Duration = Duration::from_secs(10);
+/// How long all vCPUs, or all devices, may take to pause or reset before those who have not are named. A kick takes
+/// microseconds, but a busy host may leave a thread waiting for a processor for a good part of a second.
+pub const ANSWER_LIMIT: Duration = Duration::from_secs(2);
+
+/// What the machine actor is made of.
+pub(super) struct Parts {
+    pub(super) sender: Sender<MachineMessage>,
+    pub(super) mailbox: Receiver<MachineMessage>,
+    pub(super) devices: Box<dyn Control>,
+    /// Of each device, how many lifecycle messages it has handled; in the order of their numbers.
+    pub(super) answered: Vec<(&'static str, Arc<AtomicU32>)>,
+    pub(super) platform: Box<dyn Platform>,
+    pub(super) event_loop: EventLoopHandle,
+    pub(super) clock: Clock,
+    /// Wakes the event loop, which sleeps without a limit while guest time stands.
+    pub(super) waker: Waker,
+    pub(super) deadline: Option<Instant>,
+    pub(super) on_reset: OnReset,
+    pub(super) vcpus: usize,
+    /// Where the state is published.
+    pub(super) published: Arc<AtomicU8>,
+    pub(super) log: Logger,
+}
+
+/// The machine actor.
+pub(super) struct Machine {
+    conductor: Conductor,
+    /// For the thread that loads the guest anew. `None` once the machine ends: it shall be the last to hold one.
+    sender: Option<Sender<MachineMessage>>,
+    mailbox: Receiver<MachineMessage>,
+    vcpus: Vec<RunningVcpu>,
+    devices: Box<dyn Control>,
+    lives: Vec<DeviceLife>,
+    /// `None` while the guest is loaded anew.
+    platform: Option<Box<dyn Platform>>,
+    /// Where the boot processor starts after the reset that is under way.
+    entry: Option<EntryPoint>,
+    event_loop: EventLoopHandle,
+    clock: Clock,
+    waker: Waker,
+    /// When guest time was stopped.
+    frozen_at: Option<Instant>,
+    deadline: Option<Instant>,
+    /// Until when those who were told something should have answered.
+    answers_by: Option<Instant>,
+    /// Who asked for what is under way; nobody if the guest did.
+    asker: Option<Reply>,
+    on_reset: OnReset,
+    guest_wants_reset: bool,
+    published: Arc<AtomicU8>,
+    log: Logger,
+}
+
+struct RunningVcpu {
+    handle: VcpuHandle,
+    thread: Option<std::thread::JoinHandle<()>>,
+    stopped: bool,
+}
+
+/// What a device was told, and what it has answered.
+struct DeviceLife {
+    name: &'static str,
+    told: u32,
+    answered: Arc<AtomicU32>,
+}
+
+impl Machine {
+    pub(super) fn new(parts: Parts) -> Machine {
+        let lives = parts.answered.into_iter();
+        let lives: Vec<_> = lives
+            .map(|(name, answered)| DeviceLife {
+                name,
+                told: 0,
+                answered,
+            })
+            .collect();
+        Machine {
+            conductor: Conductor::new(parts.vcpus, lives.len()),
+            sender: Some(parts.sender),
+            mailbox: parts.mailbox,
+            vcpus: Vec::with_capacity(parts.vcpus),
+            devices: parts.devices,
+            lives,
+            platform: Some(parts.platform),
+            entry: None,
+            event_loop: parts.event_loop,
+            clock: parts.clock,
+            waker: parts.waker,
+            frozen_at: None,
+            deadline: parts.deadline,
+            answers_by: None,
+            asker: None,
+            on_reset: parts.on_reset,
+            guest_wants_reset: false,
+            published: parts.published,
+            log: parts.log,
+        }
+    }
+
+    /// Starts the vCPUs' threads and waits until all are ready.
+    pub(super) fn start_vcpus<B: Backend + Send + 'static, D: Discipline>(
+        &mut self,
+        backends: Vec<B>,
+        discipline: &D,
+        news: &Sender<MachineMessage>,
+    ) -> std::io::Result<()> {
+        let expected = backends.len();
+        for (index, backend) in backends.into_iter().enumerate() {
+            let bus = discipline.bus(self.log.new(o!("vcpu" => index)));
+            let (handle, inbox) = vcpu_mailbox();
+            let news = news.clone();
+            // A machine that is gone does not care.
+            let tell = Box::new(move |what: VcpuNews| drop(news.send(MachineMessage::Vcpu(what))));
+            let vcpu = Vcpu::new(index, backend, bus, inbox, tell);
+            let thread = crate::thread::spawn(format!("vcpu{index}"), move || vcpu.run())?;
+            self.vcpus.push(RunningVcpu {
+                handle,
+                thread: Some(thread),
+                stopped: false,
+            });
+        }
+        let mut ready = 0;
+        while ready < expected {
+            match self.mailbox.recv() {
+                Ok(MachineMessage::Vcpu(VcpuNews {
+                    what: VcpuEvent::Ready,
+                    ..
+                })) => ready += 1,
+                // A signal before the start is found again by `supervise`, which must not miss it.
+                Ok(other) => {
+                    let _ = news.try_send(other);
+                }
+                Err(_) => unreachable!("we hold a sender"),
+            }
+        }
+        Ok(())
+    }
+
+    fn go(&mut self, transition: Transition) {
+        let before = self.conductor.state();
+        if let Err(refused) = self.conductor.go(transition) {
+            error!(self.log, "{refused}");
+        }
+        self.tell_state(before);
+    }
+
+    /// Publishes the state, and logs it if it is another one than before.
+    fn tell_state(&self, before: State) {
+        let state = self.conductor.state();
+        if state != before {
+            // Relaxed: it stands for itself.
+            self.published.store(state as u8, Ordering::Relaxed);
+            debug!(self.log, "machine: {before} -> {state}");
+        }
+    }
+
+    /// Lets the guest run and waits for how it ends.
+    pub(super) fn supervise(&mut self) -> Outcome {
+        self.go(Transition::Start);
+        let mut ended = self.carry_out();
+        let outcome = loop {
+            if let Some(outcome) = ended {
+                break outcome;
+            }
+            ended = match self.receive() {
+                Ok(message) => self.handle(message),
+                Err(RecvTimeoutError::Timeout) if self.is_over() => {
+                    break Outcome::TimedOut(self.conductor.state());
+                }
+                Err(RecvTimeoutError::Timeout) => self.answers_are_late(),
+                Err(RecvTimeoutError::Disconnected) => unreachable!("we hold a sender"),
+            };
+        };
+        if let Outcome::InternalError(diagnosis) = &outcome {
+            self.go(Transition::Fail);
+            crit!(self.log, "{diagnosis}");
+        }
+        let patience = match outcome {
+            Outcome::PoweredOff | Outcome::GuestExit(_) | Outcome::Reset => PATIENT_OUTPUT_LIMIT,
+            _ => OUTPUT_LIMIT,
+        };
+        self.stop(patience);
+        outcome
+    }
+
+    fn receive(&self) -> Result<MachineMessage, RecvTimeoutError> {
+        match [self.deadline, self.answers_by].into_iter().flatten().min() {
+            None => self.mailbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            Some(until) => self.mailbox.recv_deadline(until),
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
+    }
+
+    /// One message. `Some`: the machine has come to its end.
+    fn handle(&mut self, message: MachineMessage) -> Option<Outcome> {
+        let before = self.conductor.state();
+        match message {
+            MachineMessage::Device(request) => {
+                if let Some(outcome) = self.guest_asks(request) {
+                    return Some(outcome);
+                }
+            }
+            MachineMessage::Host(HostEvent::Signal(signal)) => return Some(Outcome::Signal(signal)),
+            MachineMessage::Host(HostEvent::Quit) => return Some(Outcome::Quit),
+            MachineMessage::Host(HostEvent::Died) => return Some(Outcome::EventLoopDied),
+            MachineMessage::Died(obituary) => {
+                error!(
+                    self.log,
+                    "device {} died and reads all-ones from now on; this is a bug: {}",
+                    obituary.actor,
+                    obituary.cause
+                );
+                if let Some(index) = self.lives.iter().position(|life| life.name == obituary.actor) {
+                    self.conductor.device_gone(index);
+                }
+            }
+            MachineMessage::DeviceAnswered => {}
+            MachineMessage::Request(request) => {
+                if let Some(outcome) = self.serve(request) {
+                    return Some(outcome);
+                }
+            }
+            MachineMessage::Reloaded(Reloaded { platform, entry }) => {
+                self.platform = Some(platform);
+                match entry {
+                    Ok(entry) => {
+                        self.entry = entry;
+                        self.conductor.reloaded();
+                    }
+                    Err(error) => return Some(self.reset_failed(chain(&error))),
+                }
+            }
+            MachineMessage::Vcpu(VcpuNews { vcpu, what }) => match what {
+                VcpuEvent::Halted(end) => {
+                    if let Some(outcome) = self.vcpu_ended(vcpu, end) {
+                        return Some(outcome);
+                    }
+                }
+                VcpuEvent::Paused => self.conductor.vcpu_paused(vcpu),
+                VcpuEvent::Reset(Ok(())) => self.conductor.vcpu_reset(vcpu),
+                VcpuEvent::Reset(Err(error)) => {
+                    return Some(self.reset_failed(format!("vcpu{vcpu}: {}", chain(&error))));
+                }
+                VcpuEvent::Ready | VcpuEvent::Stopped(_) => {}
+            },
+        }
+        // Whatever the message was: a device that found no room for its own has counted.
+        for (index, life) in self.lives.iter().enumerate() {
+            if life.answered.load(Ordering::Acquire) == life.told {
+                self.conductor.device_done(index);
+            }
+        }
+        let mut outcome = self.carry_out();
+        self.tell_state(before);
+        if outcome.is_none() && self.guest_wants_reset {
+            let before = self.conductor.state();
+            self.reset_for_guest();
+            outcome = self.carry_out();
+            self.tell_state(before);
+        }
+        outcome
+    }
+
+    /// What the guest itself wants.
+    fn guest_asks(&mut self, request: MachineRequest) -> Option<Outcome> {
+        // The guest that is being reset has no say any more: what it asked for first was the reset.
+        if self.conductor.state() == State::Resetting {
+            return None;
+        }
+        match request {
+            MachineRequest::PowerOff => Some(Outcome::PoweredOff),
+            MachineRequest::Reset => self.guest_resets(),
+            MachineRequest::Exit(value) => Some(Outcome::GuestExit(value)),
+            MachineRequest::GuestPanic => Some(Outcome::GuestPanic),
+        }
+    }
+
+    fn guest_resets(&mut self) -> Option<Outcome> {
+        if self.on_reset == OnReset::Exit {
+            return Some(Outcome::Reset);
+        }
+        self.guest_wants_reset = true;
+        None
+    }
+
+    /// The guest's own reset, as soon as the machine's state allows it: one that is being paused is paused first, and
+    /// stays so afterwards.
+    fn reset_for_guest(&mut self) {
+        let fits = matches!(self.conductor.state(), State::Running | State::Paused);
+        if fits && std::mem::take(&mut self.guest_wants_reset) {
+            info!(self.log, "the guest asked for a reset, in place");
+            let begun = self.conductor.reset();
+            debug_assert!(begun.is_ok());
+        }
+    }
+
+    fn vcpu_ended(&mut self, vcpu: usize, end: End) -> Option<Outcome> {
+        match end {
+            End::TripleFault => Some(Outcome::TripleFault),
+            End::SystemEvent(SystemEvent::Shutdown) => self.guest_asks(MachineRequest::PowerOff),
+            End::SystemEvent(SystemEvent::Reset) => self.guest_asks(MachineRequest::Reset),
+            End::SystemEvent(SystemEvent::Crash) => self.guest_asks(MachineRequest::GuestPanic),
+            End::SystemEvent(SystemEvent::Other(kind)) => {
+                warn!(
+                    self.log,
+                    "vcpu{vcpu}: KVM system event {kind}, taken as a request to reset"
+                );
+                self.guest_asks(MachineRequest::Reset)
+            }
+            End::InternalError(diagnosis) => Some(Outcome::InternalError(diagnosis)),
+        }
+    }
+
+    /// What somebody outside wants.
+    fn serve(&mut self, Request { command, reply }: Request) -> Option<Outcome> {
+        let begun = match command {
+            Command::Pause => self.conductor.pause(),
+            Command::Reset => self.conductor.reset(),
+            Command::Resume => {
+                let resumed = self.conductor.resume();
+                if resumed.is_ok() {
+                    self.overtake();
+                }
+                resumed
+            }
+            Command::Stop => {
+                self.overtake();
+                reply.give(Answer::Done(State::Stopping));
+                return Some(Outcome::Stopped);
+            }
+        };
+        match begun {
+            Ok(()) => self.asker = Some(reply),
+            Err(refused) => reply.give(Answer::Refused(refused)),
+        }
+        None
+    }
+
+    /// Whoever asked for what is under way does not get it.
+    fn overtake(&mut self) {
+        if let Some(asker) = self.asker.take() {
+            asker.give(Answer::Overtaken(self.conductor.state()));
+        }
+    }
+
+    fn answer(&mut self, answer: Answer) {
+        if let Some(asker) = self.asker.take() {
+            asker.give(answer);
+        }
+    }
+
+    /// Does what the conductor says, and what follows from it.
+    fn carry_out(&mut self) -> Option<Outcome> {
+        loop {
+            let effects = self.conductor.effects();
+            if effects.is_empty() {
+                break;
+            }
+            // Somebody has moved: the others have their time anew.
+            self.answers_by = Some(Instant::now() + ANSWER_LIMIT);
+            for effect in effects {
+                match effect {
+                    Effect::Vcpu(index, event) => self.tell_vcpu(index, event),
+                    Effect::Device(index, event) => self.tell_device(index, event),
+                    Effect::FreezeTime => self.freeze(),
+                    Effect::ThawTime => self.thaw(),
+                    Effect::Reload => {
+                        if let Err(error) = self.reload() {
+                            return Some(self.reset_failed(error.to_string()));
+                        }
+                    }
+                    Effect::Done => self.answer(Answer::Done(self.conductor.state())),
+                    Effect::ResetGivenUp | Effect::ResetFailed => {
+                        unreachable!("only when time is up; see `answers_are_late`")
+                    }
+                }
+            }
+        }
+        if !self.conductor.is_under_way() {
+            self.answers_by = None;
+        }
+        None
+    }
+
+    fn tell_vcpu(&self, index: usize, event: Lifecycle) {
+        let handle = &self.vcpus[index].handle;
+        let sent = match (event, self.entry) {
+            (Lifecycle::Reset, Some(entry)) if index == 0 => handle.send(VcpuMessage::ResetTo(entry)),
+            _ => handle.send(VcpuMessage::Lifecycle(event)),
+        };
+        if !sent {
+            // It has ended, which it tells itself; its mailbox has room for all that it is ever sent.
+            debug!(self.log, "vcpu{index} does not take {event:?}");
+        }
+    }
+
+    fn tell_device(&mut self, index: usize, event: Lifecycle) {
+        if event != Lifecycle::Start {
+            self.lives[index].told = self.lives[index].told.wrapping_add(1);
+        }
+        if !self.devices.tell(index, event) {
+            self.conductor.device_gone(index);
+        }
+    }
+
+    fn freeze(&mut self) {
+        if let Some(platform) = &mut self.platform {
+            platform.freeze();
+        }
+        self.clock.freeze();
+        self.frozen_at = Some(Instant::now());
+    }
+
+    fn thaw(&mut self) {
+        let stood = self.frozen_at.take().map_or(Duration::ZERO, |at| at.elapsed());
+        if let Some(platform) = &mut self.platform {
+            platform.thaw(stood);
+        }
+        self.clock.thaw();
+        // Its deadlines are due again.
+        wake(&self.waker);
+    }
+
+    /// Has the guest loaded anew by a thread of its own: files may be slow, and the machine has to answer meanwhile.
+    fn reload(&mut self) -> std::io::Result<()> {
+        let Some(mut platform) = self.platform.take() else {
+            return Ok(());
+        };
+        let Some(sender) = self.sender.clone() else {
+            return Ok(());
+        };
+        let work = move || {
+            let entry = platform.reset();
+            // A machine that is gone does not care.
+            let _ = sender.send(MachineMessage::Reloaded(Reloaded { platform, entry }));
+        };
+        crate::thread::spawn("reload", work).map(drop)
+    }
+
+    /// The time for answers is up.
+    fn answers_are_late(&mut self) -> Option<Outcome> {
+        self.answers_by = None;
+        let waits = self.whom_we_wait_for();
+        let before = self.conductor.state();
+        self.conductor.time_is_up();
+        self.devices.reinforce();
+        let effects = self.conductor.effects();
+        let mut given_up = false;
+        for effect in effects {
+            match effect {
+                Effect::Vcpu(index, event) => self.tell_vcpu(index, event),
+                Effect::Device(index, event) => self.tell_device(index, event),
+                Effect::FreezeTime => self.freeze(),
+                Effect::ThawTime => self.thaw(),
+                Effect::ResetGivenUp => given_up = true,
+                Effect::ResetFailed => return Some(self.reset_failed(waits.join(", "))),
+                Effect::Reload | Effect::Done => {}
+            }
+        }
+        let what = if given_up {
+            "a reset was given up"
+        } else {
+            "a pause is not complete"
+        };
+        warn!(self.log, "{what}: it waits for {}", waits.join(", "));
+        self.tell_state(before);
+        self.answer(Answer::Waits(self.conductor.state(), waits));
+        None
+    }
+
+    /// Who has not answered, for a person.
+    fn whom_we_wait_for(&self) -> Vec<String> {
+        let name = |pending| match pending {
+            Pending::Vcpu(index, event) => format!("vcpu{index} to {}", verb(event)),
+            Pending::Device(index, event) => format!("device {} to {}", self.lives[index].name, verb(event)),
+            Pending::Reload => "the guest to be loaded".into(),
+        };
+        self.conductor.pending().into_iter().map(name).collect()
+    }
+
+    fn reset_failed(&mut self, why: String) -> Outcome {
+        error!(self.log, "the machine cannot be reset: {why}");
+        self.answer(Answer::Failed(why.clone()));
+        Outcome::ResetFailed(why)
+    }
+
+    /// Has the event loop write what the guest has sent, and end. A signal meanwhile cuts that short.
+    fn drain_output(&mut self, limit: Duration) {
+        self.event_loop.stop(limit);
+        let deadline = crossbeam_channel::after(limit + Duration::from_millis(200));
+        loop {
+            select! {
+                recv(self.event_loop.ended()) -> _ => return,
+                recv(self.mailbox) -> message => match message {
+                    Ok(MachineMessage::Host(_)) => return,
+                    Ok(MachineMessage::Request(Request { command: Command::Stop, reply })) => {
+                        reply.give(Answer::Done(State::Stopping));
+                        return;
+                    }
+                    Ok(_) => {}
+                    // Nobody is left to send.
+                    Err(_) => {
+                        let _ = self.event_loop.ended().recv_timeout(limit);
+                        return;
+                    }
+                },
+                recv(deadline) -> _ => return,
+            }
+        }
+    }
+
+    /// Ends everything: vCPUs, then what they have sent, then devices. What is stuck is named and left behind.
+    pub(super) fn stop(&mut self, output_limit: Duration) {
+        self.overtake();
+        self.sender = None;
+        self.go(Transition::Stop);
+        for vcpu in &self.vcpus {
+            vcpu.handle.send(VcpuMessage::Stop);
+        }
+        let deadline = Instant::now() + VCPU_LIMIT;
+        while self.vcpus.iter().any(|vcpu| !vcpu.stopped) {
+            match self.mailbox.recv_deadline(deadline) {
+                Ok(MachineMessage::Vcpu(VcpuNews {
+                    vcpu,
+                    what: VcpuEvent::Stopped(unclaimed),
+                })) => {
+                    self.vcpus[vcpu].stopped = true;
+                    for (space, start, count) in unclaimed {
+                        let space = match space {
+                            Space::Pio => "ports",
+                            Space::Mmio => "addresses",
+                        };
+                        debug!(self.log, "vcpu{vcpu}: accesses to {space} that nobody claims";
+                            "from" => format!("{start:#x}"), "count" => count);
+                    }
+                }
+                Ok(_) => {}
+                Err(_) => break,
+            }
+        }
+        for (index, vcpu) in self.vcpus.iter_mut().enumerate() {
+            if let Some(thread) = vcpu.thread.take_if(|_| vcpu.stopped) {
+                let _ = thread.join();
+            } else if !vcpu.stopped {
+                warn!(self.log, "vcpu{index} did not end in time and is left behind");
+            }
+        }
+        self.drain_output(output_limit);
+        // A vCPU that does not end waits for a device whose turn does not: one that does not take its own stop.
+        let all_ended = self.vcpus.iter().all(|vcpu| vcpu.stopped);
+        for name in self.devices.stop(all_ended) {
+            warn!(
+                self.log,
+                "device {name} is stuck in an access and is left behind; this is a bug"
+            );
+        }
+        self.go(Transition::Stopped);
+    }
+}
+
+fn verb(event: Lifecycle) -> &'static str {
+    match event {
+        Lifecycle::Start => "start",
+        Lifecycle::Pause => "pause",
+        Lifecycle::Resume => "resume",
+        Lifecycle::Reset => "reset",
+    }
+}
+
+/// An error and its causes on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}

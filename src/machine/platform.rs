@@ -1,0 +1,35 @@
+//! What of a machine belongs neither to a vCPU nor to a device: guest time inside the hypervisor, interrupt controllers,
+//! memory and what is loaded into it.
+
+use super::supervisor::StartError;
+use crate::boot::EntryPoint;
+use std::time::Duration;
+
+/// Used by the machine actor, and by the thread that loads the guest anew; by one at a time.
+pub trait Platform: Send + 'static {
+    /// Guest time stands. All vCPUs are paused, or are being waited for in vain.
+    fn freeze(&mut self);
+
+    /// Guest time goes on, after it stood for so long.
+    fn thaw(&mut self, stood: Duration);
+
+    /// Everything as after power-on, and the guest loaded; all vCPUs and devices are paused. Where the boot processor
+    /// starts, if it is not where it did before.
+    ///
+    /// # Errors
+    /// When the guest's files cannot be loaded any more, or the host refuses.
+    fn reset(&mut self) -> Result<Option<EntryPoint>, StartError>;
+}
+
+/// Of a machine whose guests are scripts.
+pub struct NoPlatform;
+
+impl Platform for NoPlatform {
+    fn freeze(&mut self) {}
+
+    fn thaw(&mut self, _stood: Duration) {}
+
+    fn reset(&mut self) -> Result<Option<EntryPoint>, StartError> {
+        Ok(None)
+    }
+}
