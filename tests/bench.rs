@@ -1,6 +1,7 @@
 //! `actor-vmm bench` as a user calls it: what it refuses, and the shape of what it writes. Not the figures.
 
 use serde_json::Value;
+use std::fs::File;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
@@ -33,6 +34,11 @@ fn mistakes_are_told_before_anything_runs() {
         &["--only", "ask,flight"],
         "'flight' is not an experiment; there are ask, post",
     );
+    assert_refused(&["--only", "against"], "against needs a program: --against qemu");
+    assert_refused(
+        &["--only", "storm,split", "--source", "kvm"],
+        "storm and split cannot be done with --source kvm",
+    );
     assert_refused(&["--repetitions", "0"], "--repetitions must be 1 to");
     assert_refused(
         &["--json", "/nonexistent/x.json"],
@@ -53,7 +59,18 @@ fn the_list_names_the_experiments() {
         .collect();
     assert_eq!(
         names,
-        ["ask", "post", "published", "scale", "shared", "victim", "storm"]
+        [
+            "ask",
+            "post",
+            "published",
+            "scale",
+            "shared",
+            "victim",
+            "storm",
+            "split",
+            "kick",
+            "against"
+        ]
     );
 }
 
@@ -118,7 +135,7 @@ fn a_quick_run_writes_rows_a_table_and_a_report() {
     }
     let csv_text = std::fs::read_to_string(&csv).unwrap();
     assert_eq!(csv_text.lines().count(), 22);
-    assert!(csv_text.starts_with("experiment,source,discipline,mutex,"));
+    assert!(csv_text.starts_with("experiment,source,who,discipline,mutex,"));
     let page = std::fs::read_to_string(&html).unwrap();
     assert!(page.contains("<svg") && page.ends_with("</html>\n"));
     for path in [json, csv, html] {
@@ -141,6 +158,125 @@ fn results_that_cannot_be_written_are_told() {
     assert_eq!(output.status.code(), Some(18), "{stderr}");
     assert!(
         stderr.contains("actor-vmm: cannot write /dev/full: No space left"),
+        "{stderr}"
+    );
+}
+
+/// The rows of a run on KVM; `None` where there is none.
+fn rows_on_kvm(name: &str, args: &[&str]) -> Option<Vec<Value>> {
+    if File::options().read(true).write(true).open("/dev/kvm").is_err() {
+        eprintln!("skipped: /dev/kvm cannot be used");
+        return None;
+    }
+    let json = scratch(name);
+    let path = json.to_str().unwrap();
+    let fixed = ["--quick", "--repetitions", "1", "--json", path];
+    let output = bench(&[&fixed, args].concat());
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    let rows: Value = serde_json::from_str(&std::fs::read_to_string(&json).unwrap()).unwrap();
+    std::fs::remove_file(json).unwrap();
+    Some(rows.as_array().unwrap().clone())
+}
+
+#[test]
+fn a_guest_of_kvm_measures_itself_under_every_discipline() {
+    let Some(rows) = rows_on_kvm("kvm.json", &["--source", "kvm", "--only", "ask,victim"]) else {
+        return;
+    };
+    assert!(rows.iter().all(|row| row["source"] == "kvm"), "{rows:?}");
+    let of = |experiment: &str, slow_ns: u64| {
+        let row = move |row: &&Value| row["experiment"] == experiment && row["slow_ns"] == slow_ns;
+        rows.iter().filter(row).collect::<Vec<_>>()
+    };
+    // Seven disciplines, and the bare loop where nothing is slow.
+    assert_eq!(of("ask", 0).len(), 8);
+    assert_eq!(of("victim", 0).len(), 8);
+    for row in of("ask", 0) {
+        assert_eq!(row["latencies"], 500, "{row}");
+        assert!(row["ops_per_s"].as_f64().unwrap() > 0.0, "{row}");
+    }
+    // A handler of 10 ms is seen by whoever shares its lock, however busy the host is.
+    let slow = of("victim", 10_000_000);
+    assert_eq!(slow.len(), 7);
+    for row in slow.iter().filter(|row| row["discipline"] == "big-lock") {
+        assert!(row["max_ns"].as_f64().unwrap() > 5e6, "{row}");
+    }
+}
+
+#[test]
+fn kicks_are_heard() {
+    let Some(rows) = rows_on_kvm("kick.json", &["--only", "kick"]) else {
+        return;
+    };
+    let names: Vec<_> = rows
+        .iter()
+        .map(|row| row["discipline"].as_str().unwrap())
+        .collect();
+    assert_eq!(names, ["actor", "bare", "actor", "bare"]);
+    for row in &rows {
+        assert_eq!(
+            (&row["class"], &row["latencies"]),
+            (&"kick".into(), &100.into()),
+            "{row}"
+        );
+    }
+}
+
+#[test]
+fn the_same_guest_runs_in_any_program_that_a_template_names() {
+    let program = env!("CARGO_BIN_EXE_actor-vmm");
+    let template = format!("'{program}' run --kernel {{image}} --cpus {{cpus}} --memory 64M");
+    let Some(rows) = rows_on_kvm("against.json", &["--against", &template]) else {
+        return;
+    };
+    // One vCPU, two on two devices, two on one: ours twice, theirs, and the bare loop.
+    assert_eq!(rows.len(), 12);
+    for of in rows.chunks(4) {
+        let names: Vec<_> = of
+            .iter()
+            .map(|row| (row["who"].as_str().unwrap(), row["discipline"].as_str().unwrap()))
+            .collect();
+        let expected = [
+            ("actor-vmm", "actor"),
+            ("actor-vmm", "big-lock"),
+            ("actor-vmm", "actor-vmm"),
+            ("bare", "bare"),
+        ];
+        assert_eq!(names, expected);
+    }
+    let vcpus: Vec<_> = rows
+        .iter()
+        .step_by(4)
+        .map(|row| row["vcpus"].as_u64().unwrap())
+        .collect();
+    assert_eq!(vcpus, [1, 2, 2]);
+    for row in &rows {
+        assert_eq!(
+            row["latencies"].as_u64().unwrap(),
+            500 * row["vcpus"].as_u64().unwrap(),
+            "{row}"
+        );
+    }
+}
+
+#[test]
+fn a_program_that_cannot_run_the_guest_is_named() {
+    if File::options().read(true).write(true).open("/dev/kvm").is_err() {
+        eprintln!("skipped: /dev/kvm cannot be used");
+        return;
+    }
+    let output = bench(&[
+        "--quick",
+        "--repetitions",
+        "1",
+        "--against",
+        "sh -c 'echo no >&2' {image}",
+    ]);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(18), "{stderr}");
+    assert!(
+        stderr.contains("sh cannot run the measuring guest") && stderr.contains("it said: no"),
         "{stderr}"
     );
 }

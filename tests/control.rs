@@ -40,6 +40,7 @@ fn config(cpus: usize) -> MachineConfig {
         placements: Vec::new(),
         console: ConsoleKind::Off,
         debug_console: ConsoleKind::Off,
+        delay: None,
         timeout: Some(LIMIT),
         on_reset: OnReset::Exit,
     }

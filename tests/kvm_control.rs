@@ -54,6 +54,7 @@ impl Machine {
             placements: Vec::new(),
             console: ConsoleKind::File(console.clone()),
             debug_console: ConsoleKind::Off,
+            delay: None,
             timeout: Some(LIMIT),
             on_reset: OnReset::Exit,
         };

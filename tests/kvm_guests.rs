@@ -400,6 +400,7 @@ fn machine_of_one(name: &str, irqchip: bool) -> (Vm, kvm_ioctls::VcpuFd, Machine
         placements: Vec::new(),
         console: ConsoleKind::Off,
         debug_console: ConsoleKind::Off,
+        delay: None,
         timeout: Some(Duration::from_millis(300)),
         on_reset: OnReset::Exit,
     };

@@ -146,6 +146,7 @@ fn run_sources<S: Source + 'static, L: Lines<Error = StartError>>(sources: Vec<S
         placements: given.placements.clone(),
         console: ConsoleKind::File(file.0.clone()),
         debug_console: ConsoleKind::Off,
+        delay: None,
         timeout: Some(given.timeout),
         on_reset: OnReset::Exit,
     };

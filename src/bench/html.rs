@@ -1,264 +1,141 @@
 //! The report as one HTML file: plots as inline SVG, nothing from elsewhere, no scripts.
 
 use super::Results;
-use super::plan::Contestant;
-use super::report::{self, Group, HEAD, Row, cells, show_ns, show_rate};
-use super::stats::estimate;
-use crate::actors::PlacementKind;
-use crate::machine::dispatch::{Dispatch, MutexKind};
+use super::budget::{self, Verdict};
+use super::contestant::Contestant;
+use super::plan::{self, Load, Source};
+use super::plots::{key, latencies, throughput};
+use super::report::{self, Group, HEAD, Row, Series, cells, show_ns, show_ratio};
+use super::stats::median;
+use crate::machine::dispatch::Dispatch;
 use std::fmt::Write;
 
-const WIDTH: f64 = 560.0;
-const HEIGHT: f64 = 360.0;
-/// Around the area of a plot: left, top, right, bottom.
-const MARGIN: (f64, f64, f64, f64) = (64.0, 14.0, 28.0, 48.0);
-
-/// Colour and dashes. Colours of Okabe and Ito, which the colour-blind can tell apart; the same discipline with another
-/// mutex or option is dashed.
-fn style(who: Contestant) -> (&'static str, &'static str) {
-    match (who.dispatch, who.placement) {
-        (Dispatch::Actor, PlacementKind::Handoff) => ("#0072B2", ""),
-        (Dispatch::Actor, _) => ("#0072B2", "6 3"),
-        (Dispatch::Channel { spin: false }, _) => ("#CC79A7", ""),
-        (Dispatch::Channel { spin: true }, _) => ("#CC79A7", "6 3"),
-        (Dispatch::DeviceLock(MutexKind::Std), _) => ("#009E73", ""),
-        (Dispatch::DeviceLock(MutexKind::ParkingLot), _) => ("#009E73", "6 3"),
-        (Dispatch::BigLock(MutexKind::Std), _) => ("#D55E00", ""),
-        (Dispatch::BigLock(MutexKind::ParkingLot), _) => ("#D55E00", "6 3"),
-    }
-}
-
-/// A value on an axis, and its label.
-type Mark = (f64, String);
-
-/// An axis: where a value is between its ends.
-struct Axis {
-    low: f64,
-    high: f64,
-    /// Pixels of its ends.
-    from: f64,
-    to: f64,
-}
-
-impl Axis {
-    fn at(&self, value: f64) -> f64 {
-        let part = (value - self.low) / (self.high - self.low);
-        self.from + part.clamp(0.0, 1.0) * (self.to - self.from)
-    }
-}
-
-fn axes(x: (f64, f64), y: (f64, f64)) -> (Axis, Axis) {
-    let (left, top, right, bottom) = MARGIN;
-    let x = Axis {
-        low: x.0,
-        high: x.1,
-        from: left,
-        to: WIDTH - right,
-    };
-    let y = Axis {
-        low: y.0,
-        high: y.1,
-        from: HEIGHT - bottom,
-        to: top,
-    };
-    (x, y)
-}
-
-/// Frame, grid and labels.
-fn frame(svg: &mut String, x: &Axis, y: &Axis, ticks: (&[Mark], &[Mark]), labels: (&str, &str)) {
-    let _ = write!(
-        svg,
-        "<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" xmlns=\"http://www.w3.org/2000/svg\">"
-    );
-    let (bottom, top, left, right) = (y.from, y.to, x.from, x.to);
-    for (value, label) in ticks.0 {
-        let px = x.at(*value);
-        let _ = write!(
-            svg,
-            "<line class=\"grid\" x1=\"{px:.1}\" y1=\"{bottom:.1}\" x2=\"{px:.1}\" y2=\"{top:.1}\"/>\
-             <text x=\"{px:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{label}</text>",
-            bottom + 16.0
-        );
-    }
-    for (value, label) in ticks.1 {
-        let py = y.at(*value);
-        let _ = write!(
-            svg,
-            "<line class=\"grid\" x1=\"{left:.1}\" y1=\"{py:.1}\" x2=\"{right:.1}\" y2=\"{py:.1}\"/>\
-             <text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{label}</text>",
-            left - 6.0,
-            py + 4.0
-        );
-    }
-    let middle = (bottom + top) / 2.0;
-    let _ = write!(
-        svg,
-        "<rect class=\"frame\" x=\"{left:.1}\" y=\"{top:.1}\" width=\"{:.1}\" height=\"{:.1}\"/>\
-         <text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>\
-         <text transform=\"translate(14 {middle:.1}) rotate(-90)\" text-anchor=\"middle\">{}</text>",
-        right - left,
-        bottom - top,
-        (left + right) / 2.0,
-        HEIGHT - 8.0,
-        labels.0,
-        labels.1
-    );
-}
-
-fn line(svg: &mut String, points: &[(f64, f64)], who: Contestant) {
-    let (colour, dashes) = style(who);
-    let list: String = points.iter().map(|(x, y)| format!("{x:.1},{y:.1} ")).collect();
-    let _ = write!(
-        svg,
-        "<polyline points=\"{}\" stroke=\"{colour}\" stroke-dasharray=\"{dashes}\"><title>{who}</title></polyline>",
-        list.trim_end()
-    );
-}
-
-/// Latencies of a group: how many of all accesses took at most so long. The percentile grows by a nine a step, so that
-/// the tail is as wide as the rest.
-fn latencies(group: &Group, ns: impl Fn(f64) -> f64) -> String {
-    const NINES: f64 = 4.0;
-    // 80 points from the shortest to the 99.99th percentile.
-    let nines = || (0..=80).map(|n| f64::from(n) * NINES / 80.0);
-    let curve = |series: &report::Series| -> Vec<(f64, f64)> {
-        nines()
-            .map(|nines| {
-                let quantile = 1.0 - 10f64.powf(-nines);
-                let value = ns(series.latency.value_at_quantile(quantile) as f64);
-                (value.max(1.0).log10(), nines)
-            })
-            .collect()
-    };
-    let curves: Vec<_> = group.series.iter().map(|s| (s.who, curve(s))).collect();
-    let all = || {
-        curves
-            .iter()
-            .flat_map(|(_, points)| points.iter().map(|(x, _)| *x))
-    };
-    let low = all().fold(f64::INFINITY, f64::min).floor();
-    let high = all().fold(low + 1.0, f64::max).ceil();
-    let (x, y) = axes((low, high), (0.0, NINES));
-    let decades: Vec<_> = (low as i32..=high as i32)
-        .map(|decade| {
-            let label = show_ns(10f64.powi(decade)).replace(".00", "").replace(".0 ", " ");
-            (f64::from(decade), label.replace("us", "µs"))
-        })
-        .collect();
-    let percentiles = [
-        (0.0, "min"),
-        (0.5f64.recip().log10(), "50"),
-        (1.0, "90"),
-        (2.0, "99"),
-        (3.0, "99.9"),
-        (4.0, "99.99"),
-    ]
-    .map(|(nines, label)| (nines, label.to_string()));
-    let mut svg = String::new();
-    let labels = ("latency of an access", "percentile of accesses");
-    frame(&mut svg, &x, &y, (&decades, &percentiles), labels);
-    // Ours last, on top.
-    for (who, points) in curves.iter().rev() {
-        let points: Vec<_> = points.iter().map(|(v, n)| (x.at(*v), y.at(*n))).collect();
-        line(&mut svg, &points, *who);
-    }
-    svg + "</svg>"
-}
-
-/// A step of 1, 2 or 5 times a power of ten, so that about five fit.
-fn nice_step(most: f64) -> f64 {
-    let rough = (most / 5.0).max(f64::MIN_POSITIVE);
-    let power = 10f64.powf(rough.log10().floor());
-    let step = [1.0, 2.0, 5.0, 10.0]
-        .into_iter()
-        .find(|step| step * power >= rough);
-    step.unwrap_or(10.0) * power
-}
-
-/// Throughput against vCPUs, with the intervals as bars.
-fn throughput(groups: &[&Group]) -> String {
-    let rate = |row: &Row| row.ops_per_s / 1e6;
-    let most = groups
-        .iter()
-        .flat_map(|group| &group.series)
-        .map(|series| estimate(&series.values(rate)).high)
-        .fold(0.0, f64::max);
-    let vcpus: Vec<f64> = groups.iter().map(|group| group.load.vcpus as f64).collect();
-    let (low, high) = (vcpus[0].log2(), vcpus[vcpus.len() - 1].log2());
-    let step = nice_step(most);
-    let top = (most / step).ceil().max(1.0) * step;
-    let (x, y) = axes((low - 0.15, high + 0.15), (0.0, top));
-    let across: Vec<_> = vcpus.iter().map(|n| (n.log2(), n.to_string())).collect();
-    let decimals = (-step.log10().floor()).max(0.0) as usize;
-    let up: Vec<_> = (0..=(top / step).round() as i32)
-        .map(|n| (f64::from(n) * step, format!("{:.decimals$}", f64::from(n) * step)))
-        .collect();
-    let mut svg = String::new();
-    let labels = ("vCPUs", "accesses, millions a second");
-    frame(&mut svg, &x, &y, (&across, &up), labels);
-    for n in (0..groups[0].series.len()).rev() {
-        let who = groups[0].series[n].who;
-        let mut points = Vec::new();
-        for group in groups {
-            let e = estimate(&group.series[n].values(rate));
-            let px = x.at((group.load.vcpus as f64).log2());
-            points.push((px, y.at(e.median)));
-            let _ = write!(
-                svg,
-                "<line x1=\"{px:.1}\" y1=\"{:.1}\" x2=\"{px:.1}\" y2=\"{:.1}\" stroke=\"{}\"/>\
-                 <circle cx=\"{px:.1}\" cy=\"{:.1}\" r=\"3\" fill=\"{}\"><title>{who}: {}</title></circle>",
-                y.at(e.low),
-                y.at(e.high),
-                style(who).0,
-                y.at(e.median),
-                style(who).0,
-                show_rate(e.median * 1e6)
-            );
-        }
-        line(&mut svg, &points, who);
-    }
-    svg + "</svg>"
-}
-
-fn key(group: &Group) -> String {
-    let mut text = String::from("<p class=\"key\">");
-    for series in &group.series {
-        let (colour, dashes) = style(series.who);
-        let _ = write!(
-            text,
-            "<span><svg width=\"34\" height=\"10\"><line x1=\"0\" y1=\"5\" x2=\"34\" y2=\"5\" stroke=\"{colour}\" \
-             stroke-dasharray=\"{dashes}\" stroke-width=\"2\"/></svg> {}</span>",
-            series.who
-        );
-    }
-    text + "</p>"
-}
-
-fn escape(text: &str) -> String {
+pub(super) fn escape(text: &str) -> String {
     text.replace('&', "&amp;")
         .replace('<', "&lt;")
         .replace('>', "&gt;")
 }
 
+/// Text of the table for the terminal, for a page.
+fn prose(text: &str) -> String {
+    let text = escape(text).replace(" us", " µs");
+    match text.strip_prefix("x ") {
+        Some(ratio) => format!("× {ratio}"),
+        None => text.replace(" x ", " × "),
+    }
+}
+
+fn row(cells: impl IntoIterator<Item = String>, tag: &str) -> String {
+    let cells = cells.into_iter().map(|cell| format!("<{tag}>{cell}</{tag}>"));
+    format!("<tr>{}</tr>", cells.collect::<String>())
+}
+
 fn table(group: &Group) -> String {
-    let head: String = HEAD.iter().map(|cell| format!("<th>{cell}</th>")).collect();
-    let mut text = format!("<table><tr>{head}</tr>");
+    let mut text = format!("<table>{}", row(HEAD.map(String::from), "th"));
     for series in &group.series {
-        let cells = cells(series, group.reference());
-        let cells: String = cells
-            .iter()
-            .map(|cell| {
-                let cell = cell.replace(" us", " µs");
-                format!(
-                    "<td>{}</td>",
-                    cell.strip_prefix("x ")
-                        .map_or(cell.clone(), |ratio| format!("× {ratio}"))
-                )
-            })
-            .collect();
-        let _ = write!(text, "<tr>{cells}</tr>");
+        text += &row(cells(series, group.reference()).map(|cell| prose(&cell)), "td");
     }
     text + "</table>"
+}
+
+/// Where the time of an access goes.
+fn split(group: &Group) -> String {
+    let show = |series: &Series, value: fn(&Row) -> Option<f64>| {
+        let values: Vec<f64> = series.rows.iter().filter_map(value).collect();
+        prose(&show_ns(median(&values)))
+    };
+    let head = [
+        "",
+        "queued p50",
+        "p99",
+        "p99.9",
+        "served p50",
+        "p99",
+        "p99.9",
+        "replied p50",
+        "p99",
+        "p99.9",
+    ];
+    let mut text = format!("<table>{}", row(head.map(String::from), "th"));
+    for series in &group.series {
+        let values: [fn(&Row) -> Option<f64>; 9] = [
+            |row| row.queued_p50_ns,
+            |row| row.queued_p99_ns,
+            |row| row.queued_p999_ns,
+            |row| row.served_p50_ns,
+            |row| row.served_p99_ns,
+            |row| row.served_p999_ns,
+            |row| row.replied_p50_ns,
+            |row| row.replied_p99_ns,
+            |row| row.replied_p999_ns,
+        ];
+        let cells = values.map(|value| show(series, value));
+        text += &row([escape(&series.who.to_string())].into_iter().chain(cells), "td");
+    }
+    text + "</table>"
+}
+
+/// What was promised and what came of it.
+fn budget(results: &Results) -> String {
+    let lines = budget::lines(&results.groups);
+    if lines.is_empty() {
+        return String::new();
+    }
+    let met = |line: &&budget::Line| matches!(line.verdict, Verdict::Met | Verdict::Likely);
+    let mut text = format!(
+        "<h2>Budget: {} of {} bounds met</h2>\n<p>Each bound is on the ratio of two things that were measured in the \
+         same repetition. Given are its median and interval; a question mark means that the interval has the bound in \
+         it.</p>\n<table class=\"budget\">",
+        lines.iter().filter(met).count(),
+        lines.len()
+    );
+    text += &row(["", "what", "bound", "measured", ""].map(String::from), "th");
+    for line in &lines {
+        let class = if met(&line) { "good" } else { "bad" };
+        let _ = writeln!(
+            text,
+            "<tr><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td class=\"{class}\">{}</td></tr>",
+            line.item,
+            prose(&line.what),
+            line.bound,
+            prose(&show_ratio(line.measured)),
+            line.verdict.name()
+        );
+    }
+    text + "</table>\n"
+}
+
+/// Why the textbook's actors lose: counted, not guessed.
+fn channels(results: &Results) -> String {
+    let idle = |group: &&Group| group.load.experiment == "ask" && group.load.source == Source::Scripted;
+    let Some(group) = results.groups.iter().find(idle) else {
+        return String::new();
+    };
+    let of = |dispatch| {
+        let series = group.of(Contestant::of(dispatch))?;
+        let value = |value: fn(&Row) -> f64| median(&series.values(value));
+        Some((value(|row| row.p50_ns), value(|row| row.sleeps)))
+    };
+    let naive = of(Dispatch::Channel { spin: false });
+    let spin = of(Dispatch::Channel { spin: true });
+    let (Some(actor), Some(naive), Some(spin)) = (of(Dispatch::Actor), naive, spin) else {
+        return String::new();
+    };
+    format!(
+        "<h2>Why a thread a device is slow</h2>\n<p>With a thread and a channel a device, an access to an idle device \
+         takes {} in the median, and threads of the process go to sleep {:.2} times for it (voluntary context switches, \
+         by getrusage): the vCPU sleeps until its reply is there, the device's thread until the next request. Each sleep \
+         is a futex call on one side and another one that wakes on the other, a trip through the scheduler, and, where \
+         the other processor idled, its way out of that. If the asker looks for a while before it sleeps \
+         (<i>channel:spin</i>): {}, {:.2} sleeps. The actor's turn runs on the vCPU's own thread: {}, {:.4} sleeps. The \
+         handler is the same in all three, and so is what a message holds; what differs is who has to be woken.</p>\n",
+        prose(&show_ns(naive.0)),
+        naive.1,
+        prose(&show_ns(spin.0)),
+        spin.1,
+        prose(&show_ns(actor.0)),
+        actor.1
+    )
 }
 
 const STYLE: &str = "body{font:15px/1.5 Georgia,serif;color:#111;background:#fff;max-width:1180px;margin:2em auto;\
@@ -268,8 +145,9 @@ figcaption{font-size:.9em;margin:.2em 0 1em}svg text{font:12px Helvetica,Arial,s
 .grid{stroke:#e4e4e4}.frame{fill:none;stroke:#444}polyline{fill:none;stroke-width:1.8}\
 table{border-collapse:collapse;font:13px/1.4 Helvetica,Arial,sans-serif;margin:.5em 0}\
 td,th{padding:2px 9px;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}\
-td:first-child,th:first-child{text-align:left}.key{font:13px Helvetica,Arial,sans-serif}.key span{margin-right:1.4em;\
-white-space:nowrap}.warn{color:#a33}";
+td:first-child,th:first-child{text-align:left}.budget td:nth-child(2),.budget th:nth-child(2){text-align:left;\
+white-space:normal}.good{color:#06662f;font-weight:bold}.bad{color:#a33;font-weight:bold}\
+.key{font:13px Helvetica,Arial,sans-serif}.key span{margin-right:1.4em;white-space:nowrap}.warn{color:#a33}";
 
 /// The whole file.
 pub fn page(results: &Results) -> String {
@@ -277,12 +155,16 @@ pub fn page(results: &Results) -> String {
     let mut text = format!(
         "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>actor-vmm bench</title>\
          <style>{STYLE}</style></head><body>\n<h1>Dispatch of exits: actors and locks</h1>\n\
-         <p>{}, {} processors, Linux {}; scripted vCPUs; actor-vmm {}. {}.</p>\n",
+         <p>{}, {} processors, Linux {}; actor-vmm {}. {}.</p>\n",
         escape(&host.processor),
         host.processors,
         escape(&host.kernel),
         env!("CARGO_PKG_VERSION"),
-        escape(&report::legend(results.repetitions).replace("; x:", "; ×:"))
+        escape(
+            &report::legend(results.repetitions)
+                .replace("x:", "×:")
+                .replace("x 1.00", "× 1.00")
+        )
     );
     for warning in &host.warnings {
         let _ = writeln!(text, "<p class=\"warn\">{}</p>", escape(warning));
@@ -290,68 +172,64 @@ pub fn page(results: &Results) -> String {
     text += "<p>Throughput is counted without a look at a clock, all vCPUs as fast as they can. Latencies come from \
              separate samples and are of one access, from leaving the guest to its answer, less the cost of looking. \
              Where accesses are due at fixed times, a latency counts from then, so a wait is seen by all whom it held \
-             up.</p>\n";
+             up. Where exits come from KVM, the guest takes the time itself, and what it sees is the host's exit and \
+             entry too: <i>bare</i> is that alone, KVM_RUN called again with nothing done in between.</p>\n";
+    text += &budget(results);
+    text += &channels(results);
     // Loads that differ in nothing but vCPUs (and devices with them) share a plot.
     let mut at = 0;
     while at < results.groups.len() {
         let first = &results.groups[at].load;
-        let alike = results.groups[at..]
+        let alike: Vec<_> = results.groups[at..]
             .iter()
-            .take_while(|group| {
-                let load = &group.load;
-                let devices = (load.devices == load.vcpus) == (first.devices == first.vcpus);
-                (load.experiment, load.class, load.handler_ns, load.slow, devices)
-                    == (
-                        first.experiment,
-                        first.class,
-                        first.handler_ns,
-                        first.slow,
-                        devices,
-                    )
-            })
-            .collect::<Vec<_>>();
+            .take_while(|group| group.load.is_like(first))
+            .collect();
         if at == 0 || results.groups[at - 1].load.experiment != first.experiment {
-            let about = super::plan::EXPERIMENTS
-                .iter()
-                .find(|(name, _)| *name == first.experiment);
-            let about = about.map_or("", |(_, about)| about);
-            let _ = writeln!(
-                text,
-                "<h2>{}: {}</h2>",
-                first.experiment,
-                escape(&about.replace(" us ", " µs "))
-            );
+            let about = plan::about(first.experiment);
+            let _ = writeln!(text, "<h2>{}: {}</h2>", first.experiment, prose(about));
         }
-        text += &key(alike[0]);
-        if alike.len() > 1 {
-            let _ = writeln!(
-                text,
-                "<figure>{}<figcaption>{}, handler {} ns: throughput against vCPUs. Points are medians, bars \
-                 intervals.</figcaption></figure>",
-                throughput(&alike),
-                first.experiment,
-                first.handler_ns
-            );
-        }
-        for group in &alike {
-            let _ = writeln!(
-                text,
-                "<figure>{}<figcaption>Latencies. {}.</figcaption></figure>",
-                latencies(group, |ticks| host.scale.ns(ticks)),
-                escape(&group.load.describe()).replace(" us ", " µs ")
-            );
-        }
-        for group in &alike {
-            let about = escape(&group.load.describe()).replace(" us ", " µs ");
-            let _ = writeln!(
-                text,
-                "<details><summary>{about}: figures</summary>{}</details>",
-                table(group)
-            );
-        }
+        text += &section(first, &alike, results);
         at += alike.len();
     }
     text + "</body></html>\n"
+}
+
+fn section(first: &Load, alike: &[&Group], results: &Results) -> String {
+    let mut text = key(alike[0]);
+    if alike.len() > 1 {
+        let source = match first.source {
+            Source::Scripted => "",
+            Source::Kvm => ", KVM",
+        };
+        let _ = writeln!(
+            text,
+            "<figure>{}<figcaption>{}{source}, handler {} ns: throughput against vCPUs. Points are medians, bars \
+             intervals.</figcaption></figure>",
+            throughput(alike),
+            first.experiment,
+            first.handler_ns
+        );
+    }
+    for group in alike {
+        let _ = writeln!(
+            text,
+            "<figure>{}<figcaption>Latencies. {}.</figcaption></figure>",
+            latencies(group, |ticks| results.host.scale.ns(ticks)),
+            prose(&group.load.describe())
+        );
+    }
+    for group in alike {
+        if group.load.split {
+            text += &split(group);
+        }
+        let _ = writeln!(
+            text,
+            "<details><summary>{}: figures</summary>{}</details>",
+            prose(&group.load.describe()),
+            table(group)
+        );
+    }
+    text
 }
 
 #[cfg(test)]
@@ -377,24 +255,22 @@ mod tests {
                 page.matches(&format!("<{tag}>")).count() + page.matches(&format!("<{tag} ")).count();
             assert_eq!(opened, page.matches(&format!("</{tag}>")).count(), "{tag}");
         }
-        // A latency plot a load, and one of throughput for `scale`.
-        assert_eq!(page.matches("<figure>").count(), count + 1);
+        // A latency plot a load, and one of throughput for each source of `scale` and each handler of `shared`.
+        assert_eq!(page.matches("<figure>").count(), count + 2 + 5);
+        for needle in [
+            "<h2>Budget: ",
+            "<h2>Why a thread",
+            "queued p50",
+            ">FAIL<",
+            ">pass<",
+        ] {
+            assert!(page.contains(needle), "{needle}");
+        }
         assert!(!page.contains("NaN") && !page.contains("inf\""));
         for outside in ["<script", "src=", "href=", "url("] {
             assert!(!page.contains(outside), "{outside}");
         }
         let without_namespace = page.replace("http://www.w3.org/2000/svg", "");
         assert!(!without_namespace.contains("http"));
-    }
-
-    #[test]
-    fn steps_are_round() {
-        for (most, step) in [(36.0, 10.0), (4.9, 1.0), (0.07, 0.02), (100.0, 20.0)] {
-            assert!(
-                (nice_step(most) - step).abs() < step * 1e-9,
-                "{most}: {}",
-                nice_step(most)
-            );
-        }
     }
 }

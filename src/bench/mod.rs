@@ -8,23 +8,40 @@
 //! | file | what |
 //! |---|---|
 //! | `plan.rs` | the experiments |
+//! | `contestant.rs` | who is compared |
 //! | `rig.rs` | one sample: devices, scripted vCPUs, threads |
+//! | `kvm.rs` | one sample from a bare-metal guest of KVM |
+//! | `kick.rs` | one sample of kicks |
+//! | `against.rs` | one sample from another program that runs the same guest |
 //! | `devices.rs` | devices that cost what they are told to |
 //! | `clock.rs` | the time-stamp counter |
 //! | `stats.rs` | medians and their intervals |
-//! | `report.rs`, `html.rs` | what comes out |
+//! | `budget.rs` | what design.md promises, against what was measured |
+//! | `report.rs`, `html.rs`, `plots.rs` | what comes out |
 
+pub mod against;
+pub mod budget;
 pub mod clock;
+pub mod contestant;
 pub mod devices;
 pub mod html;
+mod kick;
+mod kvm;
 pub mod plan;
+mod plots;
 pub mod report;
 pub mod rig;
 pub mod stats;
 
+use crate::machine::memory::MemoryError;
+use crate::machine::vm::VmError;
+use against::Program;
 use clock::Scale;
-use plan::Load;
-use report::{Group, Row, Series};
+use contestant::Contestant;
+use hdrhistogram::Histogram;
+use kvm::{Counts, Pair};
+use plan::{Class, Load, Source};
+use report::{Group, Row};
 use rig::{Measure, Sample};
 use std::io;
 use std::time::{Duration, Instant};
@@ -32,12 +49,58 @@ use std::time::{Duration, Instant};
 /// What to run, and for how long.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// Names out of [`plan::EXPERIMENTS`].
+    /// Names out of [`plan::EXPERIMENTS`], or that of [`plan::AGAINST`].
     pub experiments: Vec<&'static str>,
+    /// Where exits come from. An experiment that a source cannot do is left out for it; `kick` comes from KVM anyway.
+    pub sources: Vec<Source>,
+    /// Other programs, the first of which ratios are to.
+    pub programs: Vec<&'static Program>,
     /// How often.
     pub repetitions: usize,
     /// Everything in less than a minute.
     pub quick: bool,
+}
+
+impl Plan {
+    /// All loads, in order.
+    pub fn loads(&self, processors: usize) -> Vec<Load> {
+        let of = |name: &&'static str| match *name {
+            name if name == plan::AGAINST.0 => plan::against_loads(&self.programs),
+            "kick" => plan::loads("kick", Source::Kvm, processors),
+            name => {
+                let loads = self.sources.iter();
+                loads
+                    .flat_map(|source| plan::loads(name, *source, processors))
+                    .collect()
+            }
+        };
+        self.experiments.iter().flat_map(of).collect()
+    }
+}
+
+/// Why a run cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// Threads, files, sockets.
+    #[error("the host cannot give what the bench needs")]
+    Host(#[from] io::Error),
+    /// KVM.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// A guest did not do what it should.
+    #[error("the measuring guest failed: {0}")]
+    Guest(String),
+    /// Another program did not.
+    #[error("{name} cannot run the measuring guest: {why}")]
+    Program {
+        /// Its name.
+        name: String,
+        /// What happened.
+        why: String,
+    },
 }
 
 /// Where a run is.
@@ -137,22 +200,68 @@ struct Lengths {
     rounds: usize,
     throughput: Duration,
     latency: Duration,
+    counts: Counts,
+    kicks: usize,
 }
 
 /// Of a load. Short, so that there are samples without a disturbance on a host that has other things to do; but where
 /// somebody sleeps for milliseconds, a sample must hold many of these sleeps.
 fn lengths(load: &Load, quick: bool) -> Lengths {
-    let (rounds, throughput, latency) = match (quick, load.experiment == "victim") {
+    let victim = load.experiment == "victim" || load.slow.is_some();
+    let (rounds, throughput, latency) = match (quick, victim) {
         (true, false) => (3, 5, 5),
         (true, true) => (1, 40, 80),
         (false, false) => (12, 6, 8),
         (false, true) => (6, 40, 150),
     };
+    // An exit of KVM costs microseconds, a guest milliseconds, another program half a second.
+    let rounds = match (load.source, quick) {
+        (Source::Scripted, _) => rounds,
+        (Source::Kvm, false) => 3,
+        (Source::Kvm, true) => 1,
+    };
+    let (in_a_row, timed) = match (quick, victim) {
+        (true, false) => (500, 500),
+        (true, true) => (100, 1_000),
+        (false, false) => (1_000, 1_000),
+        (false, true) => (200, 4_000),
+    };
     Lengths {
         rounds,
         throughput: Duration::from_millis(throughput),
         latency: Duration::from_millis(latency),
+        counts: Counts { in_a_row, timed },
+        kicks: if quick { 100 } else { 300 },
     }
+}
+
+/// One sample for throughput and one for latencies.
+fn sample(load: &Load, who: Contestant, lengths: &Lengths, scale: Scale) -> Result<Pair, Failure> {
+    if load.class == Class::Kick {
+        let latency = kick::sample(load, who, lengths.kicks)?;
+        let (ops_per_s, waited) = (latency.ops_per_s, latency.waited);
+        let rate = Sample {
+            ops_per_s,
+            waited,
+            ..Sample::empty()
+        };
+        return Ok(Pair { rate, latency }.scaled(scale));
+    }
+    let pair = match (load.source, who) {
+        (Source::Scripted, _) => {
+            let sample = |measure, length| rig::sample(load, who, measure, length, scale);
+            return Ok(Pair {
+                rate: sample(Measure::Throughput, lengths.throughput)?,
+                latency: sample(Measure::Latency, lengths.latency)?,
+            });
+        }
+        (Source::Kvm, Contestant::Program(program)) => against::sample(load, program, lengths.counts, scale),
+        (Source::Kvm, Contestant::Run(dispatch)) => {
+            against::sample_ours(load, dispatch, lengths.counts, scale)
+        }
+        (Source::Kvm, _) => kvm::sample(load, who, lengths.counts, scale),
+    };
+    pair.map(|pair| pair.scaled(scale))
 }
 
 /// Leaves the third of the samples that waited least for a processor, or one of fewer than three. What waits is as bad
@@ -168,29 +277,11 @@ fn calmest(mut samples: Vec<Sample>) -> Vec<Sample> {
 /// nothing.
 ///
 /// # Errors
-/// When the host cannot start a thread.
-pub fn run(plan: &Plan, mut tell: impl FnMut(&Progress)) -> io::Result<Results> {
+/// See [`Failure`].
+pub fn run(plan: &Plan, mut tell: impl FnMut(&Progress)) -> Result<Results, Failure> {
     let host = Host::look();
     let scale = host.scale;
-    let names = plan.experiments.iter();
-    let loads: Vec<Load> = names
-        .flat_map(|name| plan::loads(name, host.processors))
-        .collect();
-    let mut groups: Vec<Group> = loads
-        .into_iter()
-        .map(|load| Group {
-            series: load
-                .contestants()
-                .into_iter()
-                .map(|who| Series {
-                    who,
-                    rows: Vec::new(),
-                    latency: rig::histogram(),
-                })
-                .collect(),
-            load,
-        })
-        .collect();
+    let mut groups: Vec<Group> = plan.loads(host.processors).into_iter().map(Group::new).collect();
     let samples = |group: &Group| lengths(&group.load, plan.quick).rounds * group.series.len();
     let of = plan.repetitions * groups.iter().map(samples).sum::<usize>();
     let (start, mut done, mut seed) = (Instant::now(), 0, 0);
@@ -198,8 +289,7 @@ pub fn run(plan: &Plan, mut tell: impl FnMut(&Progress)) -> io::Result<Results> 
         for group in &mut groups {
             let load = &group.load;
             let lengths = lengths(load, plan.quick);
-            let mut rates: Vec<Vec<Sample>> = group.series.iter().map(|_| Vec::new()).collect();
-            let mut latencies: Vec<Vec<Sample>> = group.series.iter().map(|_| Vec::new()).collect();
+            let mut pairs: Vec<Vec<Pair>> = group.series.iter().map(|_| Vec::new()).collect();
             for _ in 0..lengths.rounds {
                 let elapsed = start.elapsed();
                 tell(&Progress {
@@ -210,32 +300,24 @@ pub fn run(plan: &Plan, mut tell: impl FnMut(&Progress)) -> io::Result<Results> 
                 });
                 seed += 1;
                 for n in stats::shuffled(group.series.len(), seed) {
-                    let who = group.series[n].who;
-                    let sample = |measure, length| rig::sample(load, who, measure, length, scale);
-                    rates[n].push(sample(Measure::Throughput, lengths.throughput)?);
-                    latencies[n].push(sample(Measure::Latency, lengths.latency)?);
+                    pairs[n].push(sample(load, group.series[n].who, &lengths, scale)?);
                     done += 1;
                 }
             }
-            for ((series, rates), latencies) in group.series.iter_mut().zip(rates).zip(latencies) {
-                let (rates, latencies) = (calmest(rates), calmest(latencies));
-                let waited = rates.iter().chain(&latencies).map(|sample| sample.waited);
-                let waited = waited.sum::<f64>() / (rates.len() + latencies.len()) as f64;
-                let rate = stats::median(&rates.iter().map(|sample| sample.ops_per_s).collect::<Vec<_>>());
-                let mut latency = rig::histogram();
-                for sample in latencies {
-                    latency.add(sample.latency).expect("all have the same bounds");
-                }
-                let row = Row::new(
+            for (series, pairs) in group.series.iter_mut().zip(pairs) {
+                let (rates, latencies) = pairs.into_iter().map(|pair| (pair.rate, pair.latency)).unzip();
+                let repeated = Repetition::of(calmest(rates), calmest(latencies));
+                series.rows.push(Row::new(
                     load,
                     series.who,
-                    (rate, waited),
-                    &latency,
+                    &repeated,
                     |ticks| scale.ns(ticks),
                     repetition,
-                );
-                series.rows.push(row);
-                series.latency.add(latency).expect("all have the same bounds");
+                ));
+                series
+                    .latency
+                    .add(repeated.latency)
+                    .expect("all have the same bounds");
             }
         }
     }
@@ -246,17 +328,76 @@ pub fn run(plan: &Plan, mut tell: impl FnMut(&Progress)) -> io::Result<Results> 
     })
 }
 
+/// What one repetition gave.
+pub struct Repetition {
+    /// Accesses a second.
+    pub ops_per_s: f64,
+    /// Part of the time that vCPUs waited for a processor.
+    pub waited: f64,
+    /// How often a thread went to sleep, per access.
+    pub sleeps: f64,
+    /// In ticks.
+    pub latency: Histogram<u64>,
+    /// Queued, served, replied, in ticks, where that is told apart.
+    pub parts: Option<[Histogram<u64>; 3]>,
+}
+
+impl Repetition {
+    fn of(rates: Vec<Sample>, latencies: Vec<Sample>) -> Repetition {
+        let waited = rates.iter().chain(&latencies).map(|sample| sample.waited);
+        let waited = waited.sum::<f64>() / (rates.len() + latencies.len()) as f64;
+        let middle = |value: fn(&Sample) -> f64| stats::median(&rates.iter().map(value).collect::<Vec<_>>());
+        let (ops_per_s, sleeps) = (middle(|sample| sample.ops_per_s), middle(|sample| sample.sleeps));
+        let mut latency = rig::histogram();
+        let mut parts: Option<[Histogram<u64>; 3]> = None;
+        for sample in latencies {
+            latency.add(sample.latency).expect("all have the same bounds");
+            match (&mut parts, sample.parts) {
+                (Some(all), Some(own)) => {
+                    for (all, own) in all.iter_mut().zip(own) {
+                        all.add(own).expect("all have the same bounds");
+                    }
+                }
+                (none, own) => *none = own,
+            }
+        }
+        Repetition {
+            ops_per_s,
+            waited,
+            sleeps,
+            latency,
+            parts,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn kicks_come_from_kvm_whatever_the_source_is() {
+        let plan = |experiments: &[&'static str], sources: &[Source]| Plan {
+            experiments: experiments.to_vec(),
+            sources: sources.to_vec(),
+            programs: Vec::new(),
+            repetitions: 1,
+            quick: true,
+        };
+        let loads = plan(&["ask", "kick"], &[Source::Scripted]).loads(2);
+        let names: Vec<_> = loads.iter().map(|load| (load.experiment, load.source)).collect();
+        let kick = ("kick", Source::Kvm);
+        assert_eq!(names, [("ask", Source::Scripted), kick, kick]);
+        assert_eq!(plan(&["storm"], &[Source::Kvm]).loads(2), []);
+    }
 
     #[test]
     fn the_calmest_third_counts() {
         let of = |count: usize| {
             let sample = |n: usize| Sample {
                 ops_per_s: n as f64,
-                latency: rig::histogram(),
                 waited: 1.0 / (n + 1) as f64,
+                ..Sample::empty()
             };
             let left = calmest((0..count).map(sample).collect());
             left.iter()

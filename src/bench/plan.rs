@@ -1,7 +1,10 @@
 //! The experiments, as lists of loads.
 
+use super::against::Program;
+use super::contestant::Contestant;
 use crate::actors::PlacementKind;
-use crate::machine::dispatch::Dispatch;
+use crate::guests::meter::MAX_VCPUS;
+use crate::machine::dispatch::{Dispatch, MutexKind};
 use crate::machine::supervisor::MAX_CPUS;
 use std::time::Duration;
 
@@ -14,6 +17,8 @@ pub enum Class {
     Post,
     /// They read a word in place.
     Published,
+    /// Nothing of theirs: they are kicked.
+    Kick,
 }
 
 impl Class {
@@ -23,7 +28,38 @@ impl Class {
             Class::Ask => "ask",
             Class::Post => "post",
             Class::Published => "published",
+            Class::Kick => "kick",
         }
+    }
+}
+
+/// Where exits come from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Source {
+    /// vCPUs that pretend, at full speed, on any host.
+    Scripted,
+    /// A bare-metal guest of KVM, which takes the time itself.
+    Kvm,
+}
+
+impl Source {
+    /// As in the results.
+    pub fn name(self) -> &'static str {
+        match self {
+            Source::Scripted => "scripted",
+            Source::Kvm => "kvm",
+        }
+    }
+}
+
+impl std::str::FromStr for Source {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        [Source::Scripted, Source::Kvm]
+            .into_iter()
+            .find(|source| source.name() == text)
+            .ok_or_else(|| format!("'{text}' is not a source of exits; there are scripted and kvm"))
     }
 }
 
@@ -32,6 +68,8 @@ impl Class {
 pub struct Load {
     /// Which experiment it is of.
     pub experiment: &'static str,
+    /// Where its exits come from.
+    pub source: Source,
     /// How registers are reached.
     pub class: Class,
     /// vCPUs whose accesses are measured.
@@ -47,6 +85,12 @@ pub struct Load {
     pub slow: Option<Duration>,
     /// The event loop is busy.
     pub storm: bool,
+    /// How long each access was queued, served and replied is told apart.
+    pub split: bool,
+    /// For `kick`: the guest is halted. If not, it spins.
+    pub halted: bool,
+    /// For `against`: the other programs.
+    pub programs: Vec<&'static Program>,
 }
 
 /// What the event loop does in a storm: it sleeps in poll for `STORM_POLL_NS`, then serves `STORM_CALLBACKS` callbacks,
@@ -61,9 +105,11 @@ pub const STORM_CALLBACK_NS: u64 = 1_000;
 const PACE_NS: u64 = 20_000;
 /// A vCPU that posts faster than that, but slower than the device can take it.
 const POST_PACE_NS: u64 = 5_000;
+/// The same where an exit costs more than ten microseconds.
+const KVM_PACE_NS: u64 = 50_000;
 
 /// The names, and what each experiment is.
-pub const EXPERIMENTS: [(&str, &str); 7] = [
+pub const EXPERIMENTS: [(&str, &str); 9] = [
     (
         "ask",
         "one vCPU, one idle device, a handler that does nothing: what an ask costs",
@@ -83,24 +129,110 @@ pub const EXPERIMENTS: [(&str, &str); 7] = [
         "vCPUs on a fast device while another is on one that blocks for 0, 1 or 10 ms",
     ),
     ("storm", "vCPUs on their devices while the event loop is busy"),
+    (
+        "split",
+        "where the time of an access goes: queued, served, replied",
+    ),
+    (
+        "kick",
+        "from the order to stop a vCPU to its look into the mailbox; needs /dev/kvm",
+    ),
 ];
 
-/// The loads of an experiment on a host with so many processors.
-pub fn loads(experiment: &str, processors: usize) -> Vec<Load> {
-    let processors = processors.min(MAX_CPUS);
+/// The name of what `--against` adds.
+pub const AGAINST: (&str, &str) = (
+    "against",
+    "the same guest in other programs and here, each a process of its own, on this host's KVM",
+);
+
+/// What an experiment is, by its name.
+pub fn about(experiment: &str) -> &'static str {
+    EXPERIMENTS
+        .iter()
+        .chain([&AGAINST])
+        .find(|(name, _)| *name == experiment)
+        .map_or("", |(_, about)| about)
+}
+
+/// How long the slow device takes in `against`.
+pub const AGAINST_SLOW: Duration = Duration::from_millis(10);
+
+/// What is run against other programs: one vCPU; two on two devices, and two on one; one while another waits for a slow
+/// device.
+pub fn against_loads(programs: &[&'static Program]) -> Vec<Load> {
+    let base = Load {
+        experiment: AGAINST.0,
+        source: Source::Kvm,
+        programs: programs.to_vec(),
+        ..Load::default()
+    };
+    let with = |vcpus, devices| Load {
+        vcpus,
+        devices,
+        ..base.clone()
+    };
+    let victim = Load {
+        pace_ns: Some(KVM_PACE_NS),
+        slow: Some(AGAINST_SLOW),
+        programs: programs
+            .iter()
+            .filter(|program| program.can_be_slow())
+            .copied()
+            .collect(),
+        ..base.clone()
+    };
+    let mut loads = vec![with(1, 1), with(2, 2), with(2, 1)];
+    loads.extend((!victim.programs.is_empty()).then_some(victim));
+    loads
+}
+
+impl Default for Load {
+    fn default() -> Load {
+        Load {
+            experiment: "",
+            source: Source::Scripted,
+            class: Class::Ask,
+            vcpus: 1,
+            devices: 1,
+            handler_ns: 0,
+            pace_ns: None,
+            slow: None,
+            storm: false,
+            split: false,
+            halted: false,
+            programs: Vec::new(),
+        }
+    }
+}
+
+/// The loads of an experiment from this source on a host with so many processors; none where the source cannot do it.
+pub fn loads(experiment: &str, source: Source, processors: usize) -> Vec<Load> {
+    let most = match source {
+        Source::Scripted => MAX_CPUS,
+        // One more is the slow one.
+        Source::Kvm => MAX_VCPUS - 1,
+    };
+    let processors = processors.min(most);
     let experiment = EXPERIMENTS
         .iter()
         .find(|(name, _)| *name == experiment)
         .map_or("", |(name, _)| name);
+    if !matches!(
+        (experiment, source),
+        ("ask" | "post" | "published" | "scale" | "shared" | "victim", _)
+            | ("storm" | "split", Source::Scripted)
+            | ("kick", Source::Kvm)
+    ) {
+        return Vec::new();
+    }
     let base = Load {
         experiment,
-        class: Class::Ask,
-        vcpus: 1,
-        devices: 1,
-        handler_ns: 0,
-        pace_ns: None,
-        slow: None,
-        storm: false,
+        source,
+        ..Load::default()
+    };
+    let pace = match source {
+        Source::Scripted => PACE_NS,
+        Source::Kvm => KVM_PACE_NS,
     };
     match experiment {
         "ask" => vec![base],
@@ -109,7 +241,10 @@ pub fn loads(experiment: &str, processors: usize) -> Vec<Load> {
             let busy = Load {
                 class,
                 handler_ns: 2_000,
-                pace_ns: Some(POST_PACE_NS),
+                pace_ns: Some(match source {
+                    Source::Scripted => POST_PACE_NS,
+                    Source::Kvm => KVM_PACE_NS,
+                }),
                 ..base.clone()
             };
             vec![Load { class, ..base }, busy]
@@ -119,7 +254,9 @@ pub fn loads(experiment: &str, processors: usize) -> Vec<Load> {
             ..base
         }],
         "scale" => {
-            let most = (4 * processors).min(MAX_CPUS);
+            // A guest of KVM also spins where it waits for its other vCPUs.
+            let times = if source == Source::Kvm { 2 } else { 4 };
+            let most = (times * processors).min(most);
             let mut counts: Vec<usize> = (0..).map(|n| 1 << n).take_while(|n| *n < most).collect();
             counts.extend([processors, most]);
             counts.sort_unstable();
@@ -140,13 +277,17 @@ pub fn loads(experiment: &str, processors: usize) -> Vec<Load> {
                     ..base.clone()
                 }));
             }
+            if source == Source::Kvm {
+                // What 200 ns more or less are drowns in an exit.
+                loads.retain(|load| load.vcpus <= 4 && load.handler_ns != 200);
+            }
             loads
         }
         "victim" => [None, Some(1), Some(10)]
             .map(|ms| Load {
                 // The slow one sleeps; the others are to have a processor each.
                 vcpus: processors.saturating_sub(1).max(1),
-                pace_ns: Some(PACE_NS),
+                pace_ns: Some(pace),
                 slow: ms.map(Duration::from_millis),
                 ..base.clone()
             })
@@ -157,55 +298,92 @@ pub fn loads(experiment: &str, processors: usize) -> Vec<Load> {
             let load = |n| Load {
                 vcpus: n,
                 devices: n,
-                pace_ns: Some(PACE_NS),
+                pace_ns: Some(pace),
                 storm: true,
                 ..base.clone()
             };
             counts.into_iter().map(load).collect()
         }
-        _ => Vec::new(),
-    }
-}
-
-/// A discipline, and where its device actors run.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Contestant {
-    /// The discipline.
-    pub dispatch: Dispatch,
-    /// For `actor`.
-    pub placement: PlacementKind,
-}
-
-impl std::fmt::Display for Contestant {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.placement {
-            PlacementKind::Handoff => write!(f, "{}", self.dispatch),
-            placement => write!(f, "{} ({placement})", self.dispatch),
+        "split" => {
+            let load = |vcpus, handler_ns| Load {
+                vcpus,
+                handler_ns,
+                split: true,
+                ..base.clone()
+            };
+            vec![load(1, 0), load(2, 0), load(2, 200), load(2, 2_000)]
         }
+        "kick" => [false, true]
+            .map(|halted| Load {
+                class: Class::Kick,
+                halted,
+                ..base.clone()
+            })
+            .to_vec(),
+        _ => Vec::new(),
     }
 }
 
 impl Load {
     /// Everybody who is measured with this load.
     pub fn contestants(&self) -> Vec<Contestant> {
-        let mut all = Dispatch::ALL
-            .map(|dispatch| Contestant {
-                dispatch,
-                placement: PlacementKind::Handoff,
-            })
-            .to_vec();
-        // What posts are for: a device that works while its vCPU goes on.
-        if self.class == Class::Post && self.handler_ns > 0 {
+        if self.class == Class::Kick {
+            return vec![Contestant::ACTOR, Contestant::Bare];
+        }
+        if !self.programs.is_empty() {
+            let ours = [
+                Contestant::Run(Dispatch::Actor),
+                Contestant::Run(Dispatch::BigLock(MutexKind::Std)),
+            ];
+            let theirs = self.programs.iter().map(|program| Contestant::Program(program));
+            let mut all: Vec<_> = ours.into_iter().chain(theirs).collect();
+            // Nothing is slow where nothing is done.
+            all.extend(self.slow.is_none().then_some(Contestant::Bare));
+            return all;
+        }
+        let mut all = Dispatch::ALL.map(Contestant::of).to_vec();
+        // What posts are for: a device that works while its vCPU goes on. And where its time goes.
+        if self.split || self.class == Class::Post && self.handler_ns > 0 {
             let dispatch = Dispatch::Actor;
             let placement = PlacementKind::Thread;
-            all.insert(1, Contestant { dispatch, placement });
+            all.insert(1, Contestant::Discipline { dispatch, placement });
+        }
+        // What is left when nothing is done for an exit.
+        if self.source == Source::Kvm && self.handler_ns == 0 && self.slow.is_none() {
+            all.push(Contestant::Bare);
         }
         all
+    }
+
+    /// Whom the others are compared with.
+    pub fn reference(&self) -> Contestant {
+        match (self.class, self.programs.first()) {
+            (Class::Kick, _) => Contestant::Bare,
+            (_, Some(program)) => Contestant::Program(program),
+            _ => Contestant::BIG_LOCK,
+        }
+    }
+
+    /// Whether it differs in nothing but vCPUs, and devices with them, and its contestants are the same.
+    pub fn is_like(&self, other: &Load) -> bool {
+        let shared = |load: &Load| load.devices != load.vcpus;
+        let rest = |load: &Load| Load {
+            vcpus: 1,
+            devices: 1,
+            ..load.clone()
+        };
+        shared(self) == shared(other)
+            && rest(self) == rest(other)
+            && self.contestants() == other.contestants()
     }
 
     /// For people.
     pub fn describe(&self) -> String {
         let plural = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
+        if self.class == Class::Kick {
+            let what = if self.halted { "halted" } else { "running" };
+            return format!("kick: 1 vCPU, {what}, from the order to its look into the mailbox; kvm");
+        }
         let mut text = format!(
             "{}: {} on {}, {}",
             self.experiment,
@@ -213,7 +391,7 @@ impl Load {
             plural(self.devices, "device"),
             self.class.name()
         );
-        if self.class != Class::Published {
+        if self.class != Class::Published && self.programs.is_empty() {
             text += &format!(", handler {} ns", self.handler_ns);
         }
         if let Some(slow) = self.slow {
@@ -225,6 +403,9 @@ impl Load {
         if let Some(pace) = self.pace_ns {
             text += &format!("; latency at one access in {} us a vCPU", pace / 1_000);
         }
+        if self.source == Source::Kvm {
+            text += "; kvm";
+        }
         text
     }
 }
@@ -234,20 +415,44 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_experiment_has_loads_on_every_host_and_big_lock_takes_part() {
+    fn every_experiment_has_loads_on_every_host_and_its_reference_takes_part() {
         for processors in [1, 2, 3, 64, 4096] {
             for (name, _) in EXPERIMENTS {
-                let loads = loads(name, processors);
+                let loads: Vec<_> = [Source::Scripted, Source::Kvm]
+                    .into_iter()
+                    .flat_map(|source| loads(name, source, processors))
+                    .collect();
                 assert!(!loads.is_empty(), "{name}");
                 for load in loads {
-                    assert!((1..=1024).contains(&load.vcpus) && load.devices >= 1, "{load:?}");
-                    let first = load.contestants();
-                    assert!(first.iter().any(|c| c.to_string() == "big-lock"), "{first:?}");
+                    let most = match load.source {
+                        Source::Scripted => MAX_CPUS,
+                        Source::Kvm => MAX_VCPUS,
+                    };
+                    let vcpus = load.vcpus + usize::from(load.slow.is_some());
+                    assert!((1..=most).contains(&vcpus) && load.devices >= 1, "{load:?}");
+                    assert!(load.contestants().contains(&load.reference()), "{load:?}");
                 }
             }
         }
-        assert_eq!(loads("nothing", 2), []);
-        let counts: Vec<_> = loads("scale", 3).iter().map(|load| load.vcpus).collect();
+        assert_eq!(loads("nothing", Source::Scripted, 2), []);
+        let counts: Vec<_> = loads("scale", Source::Scripted, 3)
+            .iter()
+            .map(|load| load.vcpus)
+            .collect();
         assert_eq!(counts, [1, 2, 3, 4, 8, 12]);
+    }
+
+    #[test]
+    fn programs_are_the_reference_and_only_those_that_can_be_slow_have_victims() {
+        let qemu: &'static Program = Box::leak(Box::new(Program::qemu()));
+        let plain: &'static Program = Box::leak(Box::new(Program::parse("/x/vmm {image}").unwrap()));
+        let loads = against_loads(&[plain, qemu]);
+        assert_eq!(loads.len(), 4);
+        assert_eq!(loads[0].reference(), Contestant::Program(plain));
+        assert_eq!(loads[3].reference(), Contestant::Program(qemu));
+        assert_eq!(against_loads(&[plain]).len(), 3);
+        for load in loads {
+            assert!(load.contestants().contains(&load.reference()));
+        }
     }
 }

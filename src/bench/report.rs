@@ -1,8 +1,10 @@
 //! Results as rows, as JSON and CSV for programs, and as a table for people.
 
-use super::plan::{Contestant, Load};
+use super::Repetition;
+use super::budget::{self, Line};
+use super::contestant::Contestant;
+use super::plan::Load;
 use super::stats::{self, Estimate, estimate, median};
-use crate::machine::dispatch::{Dispatch, MutexKind};
 use hdrhistogram::Histogram;
 use serde::Serialize;
 use std::fmt::Write;
@@ -14,7 +16,9 @@ pub struct Row {
     pub experiment: &'static str,
     /// Where the exits come from.
     pub source: &'static str,
-    /// `actor`, `channel`, `channel:spin`, `device-lock` or `big-lock`.
+    /// Which program: `actor-vmm`, another's name, or `bare` for what the host takes for itself.
+    pub who: &'static str,
+    /// `actor`, `channel`, `channel:spin`, `device-lock` or `big-lock`; of others their name.
     pub discipline: &'static str,
     /// `std`, `parking_lot`, or `none` where the discipline has no mutex.
     pub mutex: &'static str,
@@ -51,14 +55,36 @@ pub struct Row {
     /// Part of the time that the measured vCPUs waited for a processor: others of this process, where there are more
     /// threads than processors, and other programs.
     pub waited: f64,
+    /// How often a thread of this process went to sleep, per access: 0 where nobody waits, 2 where an access goes to a
+    /// thread and back. Counted for scripted vCPUs.
+    pub sleeps: f64,
+    /// From leaving the guest to the begin of the handler, where that is told apart (`split`).
+    pub queued_p50_ns: Option<f64>,
+    /// 99th percentile.
+    pub queued_p99_ns: Option<f64>,
+    /// 99.9th.
+    pub queued_p999_ns: Option<f64>,
+    /// From the begin of the handler to its end.
+    pub served_p50_ns: Option<f64>,
+    /// 99th percentile.
+    pub served_p99_ns: Option<f64>,
+    /// 99.9th.
+    pub served_p999_ns: Option<f64>,
+    /// From the end of the handler to the answer in the guest's hands.
+    pub replied_p50_ns: Option<f64>,
+    /// 99th percentile.
+    pub replied_p99_ns: Option<f64>,
+    /// 99.9th.
+    pub replied_p999_ns: Option<f64>,
     /// From 1.
     pub repetition: usize,
 }
 
 /// The names in [`Row`], in the order of a CSV file.
-pub const COLUMNS: [&str; 21] = [
+pub const COLUMNS: [&str; 32] = [
     "experiment",
     "source",
+    "who",
     "discipline",
     "mutex",
     "placement",
@@ -77,45 +103,51 @@ pub const COLUMNS: [&str; 21] = [
     "max_ns",
     "latencies",
     "waited",
+    "sleeps",
+    "queued_p50_ns",
+    "queued_p99_ns",
+    "queued_p999_ns",
+    "served_p50_ns",
+    "served_p99_ns",
+    "served_p999_ns",
+    "replied_p50_ns",
+    "replied_p99_ns",
+    "replied_p999_ns",
     "repetition",
 ];
 
 impl Row {
-    /// What one repetition gave: accesses a second, how much of the time they waited, latencies. `ns` makes nanoseconds of the histogram's units.
+    /// What one repetition gave. `ns` makes nanoseconds of the histograms' units.
     pub fn new(
         load: &Load,
         who: Contestant,
-        (ops_per_s, waited): (f64, f64),
-        latency: &Histogram<u64>,
+        repeated: &Repetition,
         ns: impl Fn(f64) -> f64,
         repetition: usize,
     ) -> Row {
-        let (discipline, mutex) = match who.dispatch {
-            Dispatch::Actor => ("actor", "none"),
-            Dispatch::Channel { spin: false } => ("channel", "none"),
-            Dispatch::Channel { spin: true } => ("channel:spin", "none"),
-            Dispatch::DeviceLock(kind) => ("device-lock", mutex_name(kind)),
-            Dispatch::BigLock(kind) => ("big-lock", mutex_name(kind)),
-        };
+        let (discipline, mutex) = who.discipline();
+        let latency = &repeated.latency;
         // A tenth of a nanosecond is less than a tick.
         let round = |ticks: f64| (ns(ticks) * 10.0).round() / 10.0;
         let at = |quantile| round(latency.value_at_quantile(quantile) as f64);
+        let part = |n: usize, quantile| {
+            let parts = repeated.parts.as_ref()?;
+            Some(round(parts[n].value_at_quantile(quantile) as f64))
+        };
         Row {
             experiment: load.experiment,
-            source: "scripted",
+            source: load.source.name(),
+            who: who.program(),
             discipline,
             mutex,
-            placement: match who.dispatch {
-                Dispatch::Actor => who.placement.to_string(),
-                _ => "none".into(),
-            },
+            placement: who.placement(),
             class: load.class.name(),
             vcpus: load.vcpus,
             devices: load.devices,
             handler_ns: load.handler_ns,
             slow_ns: load.slow.map_or(0, |time| time.as_nanos() as u64),
             pace_ns: load.pace_ns.unwrap_or(0),
-            ops_per_s: ops_per_s.round(),
+            ops_per_s: repeated.ops_per_s.round(),
             mean_ns: round(latency.mean()),
             p50_ns: at(0.5),
             p99_ns: at(0.99),
@@ -123,16 +155,19 @@ impl Row {
             p9999_ns: at(0.9999),
             max_ns: round(latency.max() as f64),
             latencies: latency.len(),
-            waited: (waited * 1e4).round() / 1e4,
+            waited: (repeated.waited * 1e4).round() / 1e4,
+            sleeps: (repeated.sleeps * 1e4).round() / 1e4,
+            queued_p50_ns: part(0, 0.5),
+            queued_p99_ns: part(0, 0.99),
+            queued_p999_ns: part(0, 0.999),
+            served_p50_ns: part(1, 0.5),
+            served_p99_ns: part(1, 0.99),
+            served_p999_ns: part(1, 0.999),
+            replied_p50_ns: part(2, 0.5),
+            replied_p99_ns: part(2, 0.99),
+            replied_p999_ns: part(2, 0.999),
             repetition,
         }
-    }
-}
-
-fn mutex_name(kind: MutexKind) -> &'static str {
-    match kind {
-        MutexKind::Std => "std",
-        MutexKind::ParkingLot => "parking_lot",
     }
 }
 
@@ -149,8 +184,9 @@ pub fn csv(rows: &[Row]) -> String {
     for row in rows {
         let values = serde_json::to_value(row).expect("rows are numbers and names");
         let cells = COLUMNS.map(|column| match &values[column] {
-            // Names of ours: nothing that needs quotes.
-            serde_json::Value::String(name) => name.clone(),
+            // Ours need no quotes; a program's name is whatever its file's is.
+            serde_json::Value::String(name) => name.replace([',', '"', '\n'], "_"),
+            serde_json::Value::Null => String::new(),
             number => number.to_string(),
         });
         text += &cells.join(",");
@@ -195,12 +231,27 @@ pub struct Group {
 }
 
 impl Group {
-    /// What everything is compared with: `big-lock` with std's mutex.
+    /// Of a load, with nothing measured yet.
+    pub fn new(load: Load) -> Group {
+        let series = load.contestants().into_iter().map(|who| Series {
+            who,
+            rows: Vec::new(),
+            latency: super::rig::histogram(),
+        });
+        Group {
+            series: series.collect(),
+            load,
+        }
+    }
+
+    /// The series of a contestant, if it took part.
+    pub fn of(&self, who: Contestant) -> Option<&Series> {
+        self.series.iter().find(|series| series.who == who)
+    }
+
+    /// What everything is compared with: see [`Load::reference`].
     pub fn reference(&self) -> &Series {
-        let big_lock = Dispatch::BigLock(MutexKind::Std);
-        self.series
-            .iter()
-            .find(|series| series.who.dispatch == big_lock)
+        self.of(self.load.reference())
             .expect("it takes part in every load")
     }
 }
@@ -209,11 +260,12 @@ impl Group {
 pub fn legend(repetitions: usize) -> String {
     let (_, confidence) = stats::interval_rank(repetitions);
     if repetitions == 1 {
-        return "one repetition; x: ratio to big-lock with std's mutex".into();
+        return "one repetition; x: ratio to big-lock with std's mutex, or where that takes no part to the line with x 1.00"
+            .into();
     }
     format!(
-        "medians of {repetitions} interleaved repetitions; x: median of the ratios to big-lock with std's mutex in the \
-         same repetition, [its {:.0} % interval]",
+        "medians of {repetitions} interleaved repetitions; x: median of the ratios to big-lock with std's mutex (where it \
+         takes no part: to the line with x 1.00) in the same repetition, [its {:.0} % interval]",
         confidence * 100.0
     )
 }
@@ -241,7 +293,7 @@ pub fn show_rate(per_s: f64) -> String {
 }
 
 /// A ratio with three digits.
-fn show(number: f64) -> String {
+pub(super) fn show(number: f64) -> String {
     match number {
         n if n < 9.995 => format!("{n:.2}"),
         n if n < 99.95 => format!("{n:.1}"),
@@ -295,45 +347,85 @@ pub fn table(groups: &[Group], repetitions: usize) -> String {
             }
             let _ = writeln!(text, "{}", out.trim_end());
         }
+        if group.load.split {
+            for series in &group.series {
+                let _ = writeln!(text, "  {}: {}", series.who, split(series));
+            }
+        }
+    }
+    let lines = budget::lines(groups);
+    if !lines.is_empty() {
+        let _ = writeln!(text, "\nbudget (issue: bound, median of the ratios [interval])");
+    }
+    for Line {
+        item,
+        what,
+        bound,
+        measured,
+        verdict,
+    } in &lines
+    {
+        let (ratio, verdict) = (show_ratio(*measured), verdict.name());
+        let _ = writeln!(text, "  {verdict:8} {item:2} {what}: {bound}, measured {ratio}");
     }
     text
+}
+
+/// Where the time goes, as medians and 99th percentiles.
+fn split(series: &Series) -> String {
+    let show = |value: fn(&Row) -> Option<f64>| {
+        let values: Vec<f64> = series.rows.iter().filter_map(value).collect();
+        show_ns(median(&values))
+    };
+    format!(
+        "queued {} (p99 {}), served {} ({}), replied {} ({})",
+        show(|row| row.queued_p50_ns),
+        show(|row| row.queued_p99_ns),
+        show(|row| row.served_p50_ns),
+        show(|row| row.served_p99_ns),
+        show(|row| row.replied_p50_ns),
+        show(|row| row.replied_p99_ns)
+    )
 }
 
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::bench::plan::loads;
+    use crate::bench::plan::{Source, loads};
     use crate::bench::rig::histogram;
+    use crate::machine::dispatch::Dispatch;
 
     /// What two repetitions of every load could give; each contestant 10 ns slower than the one before.
     pub fn groups() -> Vec<Group> {
-        let loads = ["ask", "post", "scale"].iter().flat_map(|name| loads(name, 2));
-        let group = |load: Load| {
-            let series = load.contestants().into_iter().enumerate().map(|(n, who)| {
-                let mut latency = histogram();
-                for value in 0..1000u64 {
-                    latency.record(100 + value / 100 + 10 * n as u64).unwrap();
-                }
-                let row = |repetition| {
-                    Row::new(
-                        &load,
-                        who,
-                        (1e9 / (100 + 10 * n) as f64, 0.0),
-                        &latency,
-                        |t| t,
-                        repetition,
-                    )
-                };
-                Series {
-                    who,
-                    rows: vec![row(1), row(2)],
-                    latency: latency.clone(),
-                }
-            });
-            let series = series.collect();
-            Group { load, series }
+        let of = |name| {
+            [Source::Scripted, Source::Kvm]
+                .into_iter()
+                .flat_map(move |source| loads(name, source, 2))
         };
-        loads.map(group).collect()
+        let names = ["ask", "post", "scale", "shared", "victim", "split", "kick"];
+        names.into_iter().flat_map(of).map(fill).collect()
+    }
+
+    pub fn fill(load: Load) -> Group {
+        let mut group = Group::new(load);
+        for (n, series) in group.series.iter_mut().enumerate() {
+            let mut latency = histogram();
+            for value in 0..1000u64 {
+                latency.record(100 + value / 100 + 10 * n as u64).unwrap();
+            }
+            let repeated = Repetition {
+                ops_per_s: 1e9 / (100 + 10 * n) as f64,
+                waited: 0.0,
+                sleeps: 0.0,
+                parts: group.load.split.then(|| [(); 3].map(|()| latency.clone())),
+                latency,
+            };
+            series.rows = [1, 2]
+                .map(|n| Row::new(&group.load, series.who, &repeated, |t| t, n))
+                .to_vec();
+            series.latency = repeated.latency;
+        }
+        group
     }
 
     #[test]
@@ -368,7 +460,7 @@ pub(super) mod tests {
             assert_eq!(line.split(',').count(), COLUMNS.len(), "{line}");
         }
         assert!(
-            lines[1].starts_with("ask,scripted,actor,none,handoff,ask,1,1,0,0,0,10000000"),
+            lines[1].starts_with("ask,scripted,actor-vmm,actor,none,handoff,ask,1,1,0,0,0,10000000"),
             "{}",
             lines[1]
         );

@@ -5,14 +5,18 @@
 //! look at no clock; latencies come from other runs, which look before and after each access.
 
 use super::clock::{Scale, spin, ticks};
+use super::contestant::Contestant;
+use super::devices::Stopwatch;
 use super::devices::{Register, Word, Work};
-use super::plan::{Class, Contestant, Load, STORM_CALLBACK_NS, STORM_CALLBACKS, STORM_POLL_NS};
-use crate::actors::{Rank, RankGuard};
+use super::plan::{Class, Load, STORM_CALLBACK_NS, STORM_CALLBACKS, STORM_POLL_NS};
+use crate::actors::{PlacementKind, Rank, RankGuard};
 use crate::baselines::mutex;
 use crate::boot::EntryPoint;
 use crate::clock::Clock;
 use crate::devices::Device;
-use crate::devices::shell::{DeviceMessage, Shell, Surroundings};
+use crate::devices::debug_exit::DebugExit;
+use crate::devices::shell::{DeviceMessage, RequestSink, Shell, Surroundings};
+use crate::guests::meter::END_PORT;
 use crate::host::events::{Deliver, Gate};
 use crate::machine::chipset::DeviceSet;
 use crate::machine::dispatch::{Actors, BigLock, Channels, DeviceLocks, Discipline, Dispatch, MutexKind};
@@ -21,6 +25,7 @@ use crate::vcpu::exit::{Exit, decode};
 use crate::vcpu::registers::Registers;
 use crate::vcpu::route::{Bus, Route, RouteMap, Space, Target};
 use crate::vcpu::step;
+use crossbeam_channel::Sender;
 use crossbeam_utils::CachePadded;
 use hdrhistogram::Histogram;
 use kvm_bindings as kvm;
@@ -49,10 +54,33 @@ pub struct Sample {
     pub latency: Histogram<u64>,
     /// Part of the time that the measured vCPUs wanted a processor and had none: somebody else did.
     pub waited: f64,
+    /// How often a thread of this process went to sleep, per access.
+    pub sleeps: f64,
+    /// How long each was queued, served and replied, in ticks, where that is told apart.
+    pub parts: Option<[Histogram<u64>; 3]>,
+}
+
+impl Sample {
+    /// Of nothing.
+    pub fn empty() -> Sample {
+        Sample {
+            ops_per_s: 0.0,
+            latency: histogram(),
+            waited: 0.0,
+            sleeps: 0.0,
+            parts: None,
+        }
+    }
+}
+
+/// How often threads of this process have gone to sleep by themselves so far. [getrusage(2): ru_nvcsw]
+fn sleeps() -> i64 {
+    use nix::sys::resource::{UsageWho, getrusage};
+    getrusage(UsageWho::RUSAGE_SELF).map_or(0, |usage| usage.voluntary_context_switches())
 }
 
 /// Nanoseconds that this thread has waited for a processor so far; 0 where the host does not say.
-fn waited_ns() -> u64 {
+pub(super) fn waited_ns() -> u64 {
     let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
     // Time on a processor, time waiting for one, how often.
     let waited = text.split_ascii_whitespace().nth(1);
@@ -69,9 +97,18 @@ const DATA_OFFSET: u64 = 0x1000;
 /// Port of the first device; each has a range of this many.
 const PORTS: u64 = 0x1000;
 const PORTS_EACH: u64 = 8;
-const PUBLISHED_PORT: u64 = 0xf000;
+/// Of the published word.
+pub(super) const PUBLISHED_PORT: u64 = 0xf000;
+/// Where the registers of a load with [`Load::split`] are: memory, for eight bytes.
+const STOPWATCHES: u64 = 0xd000_0000;
+const STOPWATCH_BYTES: u64 = 0x1000;
 
-/// A guest that does the same port access again and again.
+/// First port of a device.
+pub(super) fn port_of(device: usize) -> u64 {
+    PORTS + PORTS_EACH * device as u64
+}
+
+/// A guest that does the same access again and again.
 struct Again {
     run: Box<kvm::kvm_run>,
     data: [u8; 4],
@@ -101,6 +138,18 @@ impl Again {
             mmio: [0; 8],
         }
     }
+
+    /// One that loads eight bytes.
+    fn load(address: u64) -> Again {
+        let mut again = Again::new(0, false);
+        again.run.exit_reason = kvm::KVM_EXIT_MMIO;
+        again.run.__bindgen_anon_1.mmio = kvm::kvm_run__bindgen_ty_1__bindgen_ty_6 {
+            phys_addr: address,
+            len: 8,
+            ..Default::default()
+        };
+        again
+    }
 }
 
 impl Backend for Again {
@@ -109,6 +158,7 @@ impl Backend for Again {
         // As far as the compiler knows the guest could have written anything.
         black_box(&mut *self.run);
         black_box(&mut self.data);
+        black_box(&mut self.mmio);
         Ok(())
     }
 
@@ -149,40 +199,45 @@ impl Backend for Again {
 }
 
 /// The devices of a load: the measured ones, then the slow one, then the storm's.
-fn devices(load: &Load, scale: Scale) -> DeviceSet {
+pub(super) fn devices(load: &Load, scale: Scale) -> DeviceSet {
     let clock = Clock::new();
     let posted = load.class == Class::Post;
     let busy = Work::Spin(scale.ticks(load.handler_ns));
-    let mut registers: Vec<(&'static str, Register)> = (0..load.devices)
-        .map(|_| ("measured", Register::new(busy, posted)))
-        .collect();
+    let measured = || -> Box<dyn Device> {
+        match load.split {
+            true => Box::new(Stopwatch::new(busy)),
+            false => Box::new(Register::new(busy, posted)),
+        }
+    };
+    let mut registers: Vec<(&'static str, Box<dyn Device>)> =
+        (0..load.devices).map(|_| ("measured", measured())).collect();
     if let Some(time) = load.slow {
-        registers.push(("slow", Register::new(Work::Sleep(time), false)));
+        registers.push(("slow", Box::new(Register::new(Work::Sleep(time), false))));
     }
     if load.storm {
-        registers.push(("storm", Register::new(Work::Spin(0), false)));
+        registers.push(("storm", Box::new(Register::new(Work::Spin(0), false))));
     }
     let mut routes = RouteMap::default();
     let mut shells = Vec::with_capacity(registers.len());
     for (device, (name, register)) in registers.into_iter().enumerate() {
-        let start = PORTS + PORTS_EACH * device as u64;
         let classify = register.classify();
+        let (space, start, bytes) = match load.split {
+            true => (
+                Space::Mmio,
+                STOPWATCHES + STOPWATCH_BYTES * device as u64,
+                STOPWATCH_BYTES,
+            ),
+            false => (Space::Pio, port_of(device), PORTS_EACH),
+        };
         let route = Route {
             start,
-            last: start + PORTS_EACH - 1,
+            last: start + bytes - 1,
             base: 0,
             target: Target::Device { device, classify },
         };
-        routes.insert(Space::Pio, route).expect("the ranges are apart");
-        let outside = Surroundings {
-            life: None,
-            clock: clock.clone(),
-            line: None,
-            character: None,
-            timer: None,
-            requests: Box::new(|_| {}),
-        };
-        shells.push((name, Shell::new(Box::new(register), outside)));
+        routes.insert(space, route).expect("the ranges are apart");
+        let outside = surroundings(&clock, Box::new(|_| {}));
+        shells.push((name, Shell::new(register, outside)));
     }
     let published = Route {
         start: PUBLISHED_PORT,
@@ -200,10 +255,82 @@ fn devices(load: &Load, scale: Scale) -> DeviceSet {
     }
 }
 
-/// Takes one sample of `duration`, after a tenth of that to warm up.
+fn surroundings(clock: &Clock, requests: RequestSink) -> Surroundings {
+    Surroundings {
+        clock: clock.clone(),
+        line: None,
+        character: None,
+        timer: None,
+        requests,
+        life: None,
+    }
+}
+
+/// Adds the port at which a guest of KVM says that it is done.
+pub(super) fn add_end(set: &mut DeviceSet, ended: Sender<()>) {
+    let device = set.devices.len();
+    let end = DebugExit::new();
+    let route = Route {
+        start: END_PORT.into(),
+        last: END_PORT.into(),
+        base: 0,
+        target: Target::Device {
+            device,
+            classify: end.classify(),
+        },
+    };
+    set.routes
+        .insert(Space::Pio, route)
+        .expect("it is before the devices");
+    // Once is enough.
+    let requests = Box::new(move |_| {
+        let _ = ended.try_send(());
+    });
+    let outside = surroundings(&set.clock, requests);
+    set.devices.push(("end", Shell::new(Box::new(end), outside)));
+}
+
+/// What is done with a discipline, whichever it is.
+pub(super) trait WithDiscipline {
+    /// What comes of it.
+    type Output;
+
+    /// Does it.
+    fn run<D: Discipline>(self, discipline: D) -> Self::Output;
+}
+
+/// Puts devices behind a discipline of dispatch. `vcpus` will connect.
+pub(super) fn with_discipline<W: WithDiscipline>(
+    set: DeviceSet,
+    dispatch: Dispatch,
+    placement: PlacementKind,
+    vcpus: usize,
+    work: W,
+) -> io::Result<W::Output> {
+    Ok(match dispatch {
+        Dispatch::Actor => {
+            // Nobody listens: these devices ask for nothing and do not die.
+            let (machine, _mailbox) = crossbeam_channel::bounded(1);
+            let placements = [("measured".to_string(), placement)];
+            work.run(Actors::new(set, vcpus, &placements, &machine)?)
+        }
+        Dispatch::Channel { spin } => work.run(Channels::new(set, spin)?),
+        Dispatch::DeviceLock(MutexKind::Std) => work.run(DeviceLocks::<mutex::Std<_>>::new(set)),
+        Dispatch::DeviceLock(MutexKind::ParkingLot) => {
+            work.run(DeviceLocks::<mutex::ParkingLot<_>>::new(set))
+        }
+        Dispatch::BigLock(MutexKind::Std) => work.run(BigLock::<mutex::Std<_>>::new(set)),
+        Dispatch::BigLock(MutexKind::ParkingLot) => work.run(BigLock::<mutex::ParkingLot<_>>::new(set)),
+    })
+}
+
+/// Takes one sample of `duration` with scripted vCPUs, after a tenth of that to warm up.
 ///
 /// # Errors
 /// When the host cannot start a thread.
+///
+/// # Panics
+/// When asked for somebody who is not a discipline: those run on KVM only.
 pub fn sample(
     load: &Load,
     who: Contestant,
@@ -211,27 +338,18 @@ pub fn sample(
     duration: Duration,
     scale: Scale,
 ) -> io::Result<Sample> {
+    let Contestant::Discipline { dispatch, placement } = who else {
+        panic!("{who} has no scripted vCPUs");
+    };
     let set = devices(load, scale);
+    let vcpus = load.vcpus + usize::from(load.slow.is_some());
     let rig = Rig {
         load,
         measure,
         duration,
         scale,
     };
-    match who.dispatch {
-        Dispatch::Actor => {
-            let vcpus = load.vcpus + usize::from(load.slow.is_some());
-            // Nobody listens: these devices ask for nothing and do not die.
-            let (machine, _mailbox) = crossbeam_channel::bounded(1);
-            let placements = [("measured".to_string(), who.placement)];
-            rig.run(Actors::new(set, vcpus, &placements, &machine)?)
-        }
-        Dispatch::Channel { spin } => rig.run(Channels::new(set, spin)?),
-        Dispatch::DeviceLock(MutexKind::Std) => rig.run(DeviceLocks::<mutex::Std<_>>::new(set)),
-        Dispatch::DeviceLock(MutexKind::ParkingLot) => rig.run(DeviceLocks::<mutex::ParkingLot<_>>::new(set)),
-        Dispatch::BigLock(MutexKind::Std) => rig.run(BigLock::<mutex::Std<_>>::new(set)),
-        Dispatch::BigLock(MutexKind::ParkingLot) => rig.run(BigLock::<mutex::ParkingLot<_>>::new(set)),
-    }
+    with_discipline(set, dispatch, placement, vcpus, rig)?
 }
 
 const WARM: u32 = 0;
@@ -255,7 +373,9 @@ struct Rig<'a> {
     scale: Scale,
 }
 
-impl Rig<'_> {
+impl WithDiscipline for Rig<'_> {
+    type Output = io::Result<Sample>;
+
     fn run<D: Discipline>(self, mut discipline: D) -> io::Result<Sample> {
         let phase = Arc::new(Phase(CachePadded::new(AtomicU32::new(WARM))));
         let mut control = discipline.control();
@@ -265,35 +385,38 @@ impl Rig<'_> {
         control.stop(true);
         outcome
     }
+}
 
+impl Rig<'_> {
     fn run_threads<D: Discipline>(&self, discipline: &D, phase: &Arc<Phase>) -> io::Result<Sample> {
         let load = self.load;
         let log = || Logger::root(slog::Discard, slog::o!());
-        let port = |device: usize| PORTS + PORTS_EACH * device as u64;
         let mut threads = Vec::with_capacity(load.vcpus);
         let mut others: Vec<JoinHandle<()>> = Vec::new();
         for n in 0..load.vcpus {
-            let port = match load.class {
-                Class::Published => PUBLISHED_PORT,
-                _ => port(n % load.devices),
+            let device = n % load.devices;
+            let guest = match load.class {
+                Class::Published => Again::new(PUBLISHED_PORT, false),
+                _ if load.split => Again::load(STOPWATCHES + STOPWATCH_BYTES * device as u64),
+                _ => Again::new(port_of(device), load.class == Class::Post),
             };
             let vcpu = Vcpu {
                 bus: discipline.bus(log()),
-                guest: Again::new(port, load.class == Class::Post),
+                guest,
                 phase: phase.clone(),
                 overhead: self.scale.overhead,
             };
             let pace = load.pace_ns.map(|ns| self.scale.ticks(ns));
-            let measure = self.measure;
+            let (measure, split) = (self.measure, load.split);
             threads.push(crate::thread::spawn(format!("vcpu{n}"), move || {
-                vcpu.run(measure, pace)
+                vcpu.run(measure, pace, split)
             })?);
         }
         let mut next = load.devices;
         if let Some(time) = load.slow {
             let vcpu = Vcpu {
                 bus: discipline.bus(log()),
-                guest: Again::new(port(next), false),
+                guest: Again::new(port_of(next), false),
                 phase: phase.clone(),
                 overhead: 0,
             };
@@ -307,16 +430,20 @@ impl Rig<'_> {
             })?);
         }
         std::thread::sleep(self.duration / 10);
-        let start = ticks();
+        let (start, slept) = (ticks(), sleeps());
         phase.0.store(MEASURED, Ordering::Relaxed);
         std::thread::sleep(self.duration);
         phase.0.store(OVER, Ordering::Relaxed);
+        // Less the one above.
+        let slept = (sleeps() - slept - 1).max(0);
         let elapsed = self.scale.ns((ticks() - start) as f64);
         let (mut ops, mut waited, mut latency) = (0, 0, histogram());
+        let mut parts = load.split.then(|| [(); 3].map(|()| histogram()));
         for thread in threads {
             let Outcome {
                 count,
                 latencies,
+                parts: own,
                 started,
                 waited_ns,
             } = thread.join().expect("a vCPU of the bench does not panic");
@@ -324,6 +451,9 @@ impl Rig<'_> {
             waited += waited_ns + self.scale.ns(started.saturating_sub(start) as f64) as u64;
             if let Some(latencies) = latencies {
                 latency.add(latencies).expect("all have the same bounds");
+            }
+            for (all, own) in parts.iter_mut().flatten().zip(own.iter().flatten()) {
+                all.add(own).expect("all have the same bounds");
             }
         }
         for thread in others {
@@ -333,6 +463,8 @@ impl Rig<'_> {
             ops_per_s: ops as f64 * 1e9 / elapsed,
             latency,
             waited: waited as f64 / (elapsed * load.vcpus as f64),
+            sleeps: slept as f64 / ops.max(1) as f64,
+            parts,
         })
     }
 }
@@ -341,6 +473,7 @@ impl Rig<'_> {
 struct Outcome {
     count: u64,
     latencies: Option<Histogram<u64>>,
+    parts: Option<[Histogram<u64>; 3]>,
     /// When it saw that accesses count: late, if it had no processor then.
     started: u64,
     /// Since then.
@@ -378,23 +511,26 @@ impl<D: Bus> Vcpu<D> {
     }
 
     /// Accesses that were measured, and how long they took if that was.
-    fn run(mut self, measure: Measure, pace: Option<u64>) -> Outcome {
+    fn run(mut self, measure: Measure, pace: Option<u64>, split: bool) -> Outcome {
         let _rank = RankGuard::enter(Rank::Vcpu);
         let mut latency = (measure == Measure::Latency).then(histogram);
+        let mut parts = (split && latency.is_some()).then(|| [(); 3].map(|()| histogram()));
         while self.phase.is(WARM) {
             self.step();
         }
         let (started, waited) = (ticks(), waited_ns());
-        let count = match (&mut latency, pace) {
-            (None, _) => self.count(),
-            (Some(latency), None) => self.time(latency),
-            (Some(latency), Some(pace)) => self.time_paced(latency, pace),
+        let count = match (&mut latency, &mut parts, pace) {
+            (None, _, _) => self.count(),
+            (Some(latency), Some(parts), _) => self.time_split(latency, parts),
+            (Some(latency), None, None) => self.time(latency),
+            (Some(latency), None, Some(pace)) => self.time_paced(latency, pace),
         };
         let waited_ns = waited_ns() - waited;
         self.bus.settle();
         Outcome {
             count,
             latencies: latency,
+            parts,
             started,
             waited_ns,
         }
@@ -420,6 +556,31 @@ impl<D: Bus> Vcpu<D> {
             self.step();
             let took = ticks().saturating_sub(start).saturating_sub(self.overhead);
             latency.saturating_record(took.max(1));
+            ops += 1;
+            if !self.phase.is(MEASURED) {
+                return ops;
+            }
+        }
+    }
+
+    /// The register's value is when its handler began and ended: see [`Stopwatch`]. So nothing is added to the way there
+    /// and back.
+    fn time_split(&mut self, latency: &mut Histogram<u64>, parts: &mut [Histogram<u64>; 3]) -> u64 {
+        let mut ops = 0;
+        loop {
+            let start = ticks();
+            self.step();
+            let end = ticks();
+            let (begun, done) = Stopwatch::stamps(u64::from_le_bytes(self.guest.mmio), start);
+            let [queued, served, replied] = parts;
+            for (part, ticks) in [
+                (&mut *latency, end.saturating_sub(start)),
+                (queued, begun.saturating_sub(start)),
+                (served, done.saturating_sub(begun)),
+                (replied, end.saturating_sub(done)),
+            ] {
+                part.saturating_record(ticks.saturating_sub(self.overhead).max(1));
+            }
             ops += 1;
             if !self.phase.is(MEASURED) {
                 return ops;
@@ -467,23 +628,26 @@ impl<D: Bus> Vcpu<D> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::plan::{EXPERIMENTS, loads};
+    use crate::bench::plan::{EXPERIMENTS, Source, loads};
 
     #[test]
     fn every_load_runs_under_every_discipline() {
         let scale = Scale::calibrate();
         for (experiment, _) in EXPERIMENTS {
             // The first and the last: the simplest and the fullest.
-            let loads = loads(experiment, 2);
-            for load in [&loads[0], &loads[loads.len() - 1]] {
+            let loads = loads(experiment, Source::Scripted, 2);
+            for load in loads.first().into_iter().chain(loads.last()) {
                 for who in load.contestants() {
                     for measure in [Measure::Throughput, Measure::Latency] {
-                        let sample = sample(load, who, measure, Duration::from_millis(2), scale).unwrap();
+                        let sample =
+                            super::sample(load, who, measure, Duration::from_millis(2), scale).unwrap();
                         assert_eq!(
                             sample.latency.is_empty() && sample.ops_per_s > 0.0,
                             measure == Measure::Throughput && sample.ops_per_s > 0.0,
                             "{who}: {load:?}"
                         );
+                        let parts = sample.parts.iter().flatten();
+                        assert_eq!(parts.count(), if load.split { 3 } else { 0 });
                     }
                 }
             }
@@ -492,7 +656,7 @@ mod tests {
 
     #[test]
     fn the_pretended_guest_reads_and_writes_the_device() {
-        let load = &loads("ask", 1)[0];
+        let load = &loads("ask", Source::Scripted, 1)[0];
         let set = devices(load, Scale::calibrate());
         let discipline = BigLock::<mutex::Std<_>>::new(set);
         let mut bus = discipline.bus(Logger::root(slog::Discard, slog::o!()));

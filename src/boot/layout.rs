@@ -81,6 +81,8 @@ pub mod io {
     pub const ACPI_RESET_VALUE: u8 = 0x1;
     /// The SCI's line.
     pub const SCI_IRQ: u32 = 9;
+    /// Delay, for measurements: in a machine only when it is asked for.
+    pub const DELAY: u16 = 0xea0;
     /// PCI configuration mechanism #1: address at +0, data at +4.
     pub const PCI_CONFIG: u16 = 0xcf8;
 }

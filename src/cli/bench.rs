@@ -1,9 +1,11 @@
 //! `actor-vmm bench`: what a user types, and where the results go. The measuring is in [`crate::bench`].
 
 use super::{chain, complain};
-use crate::bench::plan::EXPERIMENTS;
+use crate::bench::against::Program;
+use crate::bench::plan::{AGAINST, EXPERIMENTS, Source};
 use crate::bench::{self, Plan, Progress, html, report};
 use crate::machine::outcome::status;
+use crate::machine::vm;
 use clap::Args;
 use std::fs::File;
 use std::io::{ErrorKind, IsTerminal, Write};
@@ -13,15 +15,31 @@ use std::time::{Duration, Instant};
 /// How often by default, without and with `--quick`.
 const REPETITIONS: usize = 5;
 const QUICK_REPETITIONS: usize = 3;
+/// The experiment that has no other source.
+const KVM_ONLY: &str = "kick";
+
 /// More would take days.
 const MAX_REPETITIONS: usize = 1000;
 
 /// As typed by the user.
 #[derive(Args, Debug)]
 pub struct Bench {
-    /// Experiments to run, of those that --list names [default: all]
+    /// Experiments to run, of those that --list names, or all [default: all, with --against only that]
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     only: Vec<String>,
+    /// Where exits come from: scripted (vCPUs that pretend, any host), kvm (a bare-metal guest, needs /dev/kvm), or both
+    #[arg(
+        long,
+        value_name = "SOURCE",
+        value_delimiter = ',',
+        default_value = "scripted"
+    )]
+    source: Vec<Source>,
+    /// Runs the same guest in another program too, each a process of its own: qemu, or a command with {image} and {cpus}
+    /// in it that boots an ELF file by PVH and has its first serial port on stdout; {slow} is a Unix socket that takes
+    /// bytes slowly, for port 0xe9. May be repeated; ratios are to the first
+    #[arg(long, value_name = "qemu|COMMAND", value_parser = Program::parse)]
+    against: Vec<Program>,
     /// Short samples: everything in less than a minute
     #[arg(long)]
     quick: bool,
@@ -79,14 +97,24 @@ impl Bench {
     pub fn run(&self) -> u8 {
         if self.list {
             let list = EXPERIMENTS
+                .into_iter()
+                .chain([AGAINST])
                 .map(|(name, about)| format!("{name:10} {about}\n"))
-                .concat();
+                .collect::<String>();
             return show(&list);
         }
-        let plan = match self.plan() {
+        let mut plan = match self.plan() {
             Ok(plan) => plan,
             Err(problem) => return complain(&problem, status::BAD_INPUT),
         };
+        // By default everything is run that can be; what was asked for by name must be.
+        if self.only.is_empty()
+            && plan.experiments.contains(&KVM_ONLY)
+            && let Err(error) = vm::open()
+        {
+            complain(&format!("warning: {KVM_ONLY} is left out: {}", chain(&error)), 0);
+            plan.experiments.retain(|name| *name != KVM_ONLY);
+        }
         let open = |path: &Option<PathBuf>| path.as_deref().map(Output::open).transpose();
         let outputs = open(&self.json).and_then(|json| Ok((json, open(&self.csv)?, open(&self.html)?)));
         let (json, csv, html) = match outputs {
@@ -98,12 +126,7 @@ impl Bench {
         bar.clear();
         let results = match results {
             Ok(results) => results,
-            Err(error) => {
-                return complain(
-                    &format!("cannot start a thread: {}", chain(&error)),
-                    status::HOST_TROUBLE,
-                );
-            }
+            Err(failure) => return complain(&chain(&failure), status::HOST_TROUBLE),
         };
         for warning in &results.host.warnings {
             complain(&format!("warning: {warning}"), 0);
@@ -126,20 +149,37 @@ impl Bench {
     }
 
     fn plan(&self) -> Result<Plan, String> {
-        let mut experiments = Vec::new();
+        let known = || EXPERIMENTS.iter().chain([&AGAINST]).map(|(name, _)| *name);
+        let mut experiments: Vec<&'static str> = Vec::new();
         for wanted in &self.only {
-            let known = EXPERIMENTS.iter().find(|(name, _)| name == wanted);
-            let Some((name, _)) = known else {
-                let all = EXPERIMENTS.map(|(name, _)| name).join(", ");
+            if wanted == "all" {
+                experiments.extend(EXPERIMENTS.map(|(name, _)| name));
+                continue;
+            }
+            let Some(name) = known().find(|name| name == wanted) else {
+                let all = known().collect::<Vec<_>>().join(", ");
                 return Err(format!("'{wanted}' is not an experiment; there are {all}"));
             };
-            if !experiments.contains(name) {
-                experiments.push(name);
-            }
+            experiments.push(name);
+        }
+        if experiments.contains(&AGAINST.0) && self.against.is_empty() {
+            return Err(format!("{} needs a program: --against qemu", AGAINST.0));
+        }
+        if !self.against.is_empty() {
+            experiments.push(AGAINST.0);
         }
         if experiments.is_empty() {
             experiments = EXPERIMENTS.map(|(name, _)| name).to_vec();
         }
+        let mut seen = Vec::new();
+        experiments.retain(|name| {
+            !seen.contains(name) && {
+                seen.push(*name);
+                true
+            }
+        });
+        let mut sources = self.source.clone();
+        sources.dedup();
         let default = if self.quick {
             QUICK_REPETITIONS
         } else {
@@ -160,11 +200,27 @@ impl Bench {
                 return Err(format!("{} cannot be two outputs at once", path.display()));
             }
         }
-        Ok(Plan {
+        let plan = Plan {
             experiments,
+            sources,
+            // They are wanted until the program ends, and then it does not matter.
+            programs: self
+                .against
+                .iter()
+                .map(|program| &*Box::leak(Box::new(program.clone())))
+                .collect(),
             repetitions,
             quick: self.quick,
-        })
+        };
+        if plan.loads(1).is_empty() {
+            let names: Vec<_> = self.source.iter().map(|source| source.name()).collect();
+            return Err(format!(
+                "{} cannot be done with --source {}",
+                plan.experiments.join(" and "),
+                names.join(",")
+            ));
+        }
+        Ok(plan)
     }
 }
 

@@ -41,6 +41,7 @@ fn try_probe(probe: &Probe) -> Verdict {
         placements: Vec::new(),
         console: ConsoleKind::Off,
         debug_console: ConsoleKind::Off,
+        delay: None,
         timeout: Some(PROBE_LIMIT),
         on_reset: OnReset::Exit,
     };

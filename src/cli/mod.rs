@@ -85,6 +85,9 @@ struct Run {
     /// Where bytes written to the debug console (port 0xe9) go: as for --console
     #[arg(long, value_name = "WHERE", default_value = "off")]
     debug_console: ConsoleKind,
+    /// Adds a port (0xea0) whose accesses take so many seconds, to measure what a slow device does to the others
+    #[arg(long, value_name = "SECS", hide = true, value_parser = parse_seconds)]
+    delay_port: Option<Duration>,
     /// How much is told on stderr
     #[arg(long, value_enum, default_value_t = LogLevel::Info)]
     log_level: LogLevel,
@@ -209,6 +212,7 @@ impl Run {
             placements: self.placement.clone(),
             console: self.console.clone(),
             debug_console: self.debug_console.clone(),
+            delay: self.delay_port,
             timeout: self.timeout,
             on_reset: match self.on_reset {
                 ResetBy::Exit => OnReset::Exit,

@@ -18,6 +18,7 @@
 //! | debug console | 0xe9 | | [`debug_console`] |
 //! | pvpanic | 0x505 | | [`pvpanic`] |
 //! | PCI configuration, empty bus | 0xcf8 to 0xcff | | [`pci_config`] |
+//! | delay, for measurements, only when asked for | 0xea0 | | [`delay`] |
 //!
 //! The numbers are in [`crate::boot::layout::io`]. Each file has `CLAIMS`: the ranges to route to the device, as offsets
 //! from its base port there. [`Access::offset`] counts from that base in all of them, so a device with two ranges sees
@@ -30,6 +31,7 @@ mod calendar;
 mod conformance;
 pub mod debug_console;
 pub mod debug_exit;
+pub mod delay;
 pub mod i8042;
 pub mod pci_config;
 pub mod pvpanic;

@@ -5,6 +5,7 @@
 //! | `probes.rs` | single instructions, to find out what this host's KVM can run |
 //! | `demo.rs` | the guest of `actor-vmm run --demo` |
 //! | `cases.rs` | test guests, one for each thing that a guest can do to the machine |
+//! | `meter.rs` | the measuring guest of `actor-vmm bench` |
 //! | `runtime64.rs` | what 64-bit guests share: printing, interrupts, starting processors |
 //!
 //! All of them stay within what a KVM that interprets ring 0 knows: integer, string, control-register and MSR
@@ -13,6 +14,7 @@
 #[doc(hidden)]
 pub mod cases;
 pub mod demo;
+pub mod meter;
 pub mod probes;
 mod runtime64;
 

@@ -6,6 +6,7 @@ use crate::clock::Clock;
 use crate::devices::acpi_pm::{AcpiPm, PmTimer};
 use crate::devices::debug_console::DebugConsole;
 use crate::devices::debug_exit::DebugExit;
+use crate::devices::delay::Delay;
 use crate::devices::i8042::I8042;
 use crate::devices::pci_config::PciConfig;
 use crate::devices::pvpanic::Pvpanic;
@@ -13,7 +14,7 @@ use crate::devices::rtc::{MemorySize, Rtc};
 use crate::devices::shell::{InterruptLine, Shell, Surroundings};
 use crate::devices::uart16550::Uart16550;
 use crate::devices::{Access, AccessClass, Claim, Device, Direction};
-use crate::devices::{acpi_pm, debug_console, debug_exit, i8042, pci_config, pvpanic, rtc, uart16550};
+use crate::devices::{acpi_pm, debug_console, debug_exit, delay, i8042, pci_config, pvpanic, rtc, uart16550};
 use crate::host::character::{self, Waker};
 use crate::host::console::Console;
 use crate::host::events::{CharacterDevice, TimedDevice};
@@ -22,6 +23,7 @@ use crate::vcpu::route::{Route, RouteMap, Space, Target};
 use crossbeam_channel::Sender;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 /// The names that `--placement NAME=…` takes.
 pub const DEVICE_NAMES: [&str; 8] = [
@@ -78,6 +80,8 @@ pub struct ChipsetConfig {
     pub waker: Waker,
     /// Where requests and deaths are told.
     pub machine: Sender<MachineMessage>,
+    /// How long the port for measurements takes, if there is to be one.
+    pub delay: Option<Duration>,
 }
 
 /// One device, before it is an actor.
@@ -136,7 +140,7 @@ impl Chipset {
             console: None,
             timed: false,
         };
-        let parts = vec![
+        let mut parts = vec![
             Part {
                 line: Some(lines.edge(io::SERIAL0_IRQ)?),
                 console: Some(console),
@@ -169,6 +173,9 @@ impl Chipset {
             part(Box::new(Pvpanic::new()), io::PVPANIC, pvpanic::CLAIMS),
             part(Box::new(PciConfig::new()), io::PCI_CONFIG, pci_config::CLAIMS),
         ];
+        if let Some(time) = config.delay {
+            parts.push(part(Box::new(Delay::new(time)), io::DELAY, delay::CLAIMS));
+        }
         let mut chipset = Chipset {
             devices: Vec::with_capacity(parts.len()),
             pm_timer: Arc::new(PmTimer::new()),

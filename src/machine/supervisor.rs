@@ -64,6 +64,8 @@ pub struct MachineConfig {
     pub console: ConsoleKind,
     /// Where the debug console goes.
     pub debug_console: ConsoleKind,
+    /// It has a port for measurements ([`layout::io::DELAY`]) whose accesses take so long.
+    pub delay: Option<Duration>,
     /// After this it is ended.
     pub timeout: Option<Duration>,
     /// What becomes of it when the guest asks for a reset.
@@ -262,6 +264,7 @@ where
         clock: clock.clone(),
         waker: waker.clone(),
         machine: sender.clone(),
+        delay: config.delay,
     };
     let mut chipset = Chipset::new(chipset_config, console, debug_console, lines)?;
     let answered = chipset

@@ -212,11 +212,18 @@ impl Drop for ImmediateExit {
     }
 }
 
+impl ThreadSignal {
+    /// The current thread is the one to signal.
+    pub fn bind_thread(&self) {
+        let tid = nix::unistd::gettid().as_raw();
+        self.tid.store(tid, std::sync::atomic::Ordering::Release);
+    }
+}
+
 impl KickReceiver<ThreadSignal> {
     /// The current thread is the one to signal. Before the first [`KickReceiver::enter`].
     pub fn bind_thread(&self) {
-        let tid = nix::unistd::gettid().as_raw();
-        self.0.signal.tid.store(tid, std::sync::atomic::Ordering::Release);
+        self.0.signal.bind_thread();
     }
 }
 
