@@ -20,19 +20,12 @@ const PRESENT: u8 = 0xe9;
 pub struct DebugConsole {
     /// The host has no room until `output_ready`. Not the device's own: survives a reset.
     host_full: bool,
-    /// Bytes dropped since the reset.
-    dropped: u64,
 }
 
 impl DebugConsole {
     /// A console whose host side has room.
     pub fn new() -> DebugConsole {
         DebugConsole::default()
-    }
-
-    /// How many bytes were dropped since the reset because the host had no room.
-    pub fn dropped_bytes(&self) -> u64 {
-        self.dropped
     }
 }
 
@@ -49,7 +42,7 @@ impl Device for DebugConsole {
         byte_lanes::write(access, value, |offset, byte| {
             if offset != DATA {
             } else if self.host_full {
-                self.dropped = self.dropped.saturating_add(1);
+                cx.lose();
             } else {
                 self.host_full = !cx.transmit(byte);
             }
@@ -60,9 +53,7 @@ impl Device for DebugConsole {
         self.host_full = false;
     }
 
-    fn reset(&mut self, _cx: &mut dyn Context) {
-        self.dropped = 0;
-    }
+    fn reset(&mut self, _cx: &mut dyn Context) {}
 
     fn classify(&self) -> fn(Access, Direction) -> AccessClass {
         // The guest learns nothing from a write, not even whether the byte was dropped. One vCPU's bytes stay in order;
@@ -111,7 +102,7 @@ mod tests {
         console.make_room(10);
         console.write(DATA, b'd');
         assert_eq!(
-            (console.cx.sent.as_slice(), console.device.dropped_bytes()),
+            (console.cx.sent.as_slice(), console.cx.lost),
             (b"ad".as_slice(), 2)
         );
     }
@@ -123,6 +114,6 @@ mod tests {
         console.write(DATA, b'a');
         console.reset();
         console.write(DATA, b'b');
-        assert_eq!(console.device.dropped_bytes(), 1);
+        assert_eq!(console.cx.lost, 1);
     }
 }

@@ -120,6 +120,10 @@ pub trait Context {
     /// was taken but the device must not send another until [`Device::output_ready`].
     fn transmit(&mut self, byte: u8) -> bool;
 
+    /// Counts one byte that was meant for the host side and could not be kept, because the guest sent it while there
+    /// was no room. The machine tells the sum at its end.
+    fn lose(&mut self);
+
     /// Takes one byte from the device's host side, if there is one. Never blocks. After `None` the device is told
     /// by [`Device::input_ready`] when there is more.
     fn receive(&mut self) -> Option<u8>;

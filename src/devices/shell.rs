@@ -73,6 +73,13 @@ impl Context for Surroundings {
             .is_none_or(|character| character.transmit(byte))
     }
 
+    fn lose(&mut self) {
+        // A device without a host side is never without room.
+        if let Some(character) = &self.character {
+            character.lose();
+        }
+    }
+
     fn receive(&mut self) -> Option<u8> {
         self.character.as_mut()?.receive()
     }

@@ -17,6 +17,8 @@ pub struct FakeContext {
     pub sent: Vec<u8>,
     /// How many bytes the host side takes before it has no room.
     pub room: usize,
+    /// How many bytes the device could not keep for the host.
+    pub lost: usize,
     /// What the host side has for the device.
     pub typed: VecDeque<u8>,
     /// What the device asked of the machine.
@@ -31,6 +33,7 @@ impl FakeContext {
             wall_clock_ns: 1_000_000_000 * 1_000_000_000,
             sent: Vec::new(),
             room: usize::MAX,
+            lost: 0,
             typed: VecDeque::new(),
             requests: Vec::new(),
         }
@@ -60,6 +63,10 @@ impl Context for FakeContext {
         self.sent.push(byte);
         self.room -= 1;
         self.room > 0
+    }
+
+    fn lose(&mut self) {
+        self.lost += 1;
     }
 
     fn receive(&mut self) -> Option<u8> {

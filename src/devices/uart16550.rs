@@ -153,8 +153,6 @@ pub struct Uart16550 {
     rts_used: bool,
     /// Idle LSR reads since the guest last wrote any register; stops at [`RECEIVER_POLLS`].
     idle_polls: u8,
-    /// Bytes that the guest wrote to a full transmitter.
-    tx_lost: u64,
 }
 
 impl Uart16550 {
@@ -180,14 +178,7 @@ impl Uart16550 {
             rx_not_before: Nanos(0),
             rts_used: false,
             idle_polls: 0,
-            tx_lost: 0,
         }
-    }
-
-    /// How many bytes were lost because the guest wrote to a transmitter that was full (it did not look at LSR.THRE,
-    /// or gave up waiting for it), since the reset.
-    pub fn lost_bytes(&self) -> u64 {
-        self.tx_lost
     }
 }
 
@@ -342,7 +333,7 @@ impl Uart16550 {
         } else if self.tx.len() < self.depth() {
             self.tx.push_back(byte);
         } else {
-            self.tx_lost = self.tx_lost.saturating_add(1);
+            cx.lose();
         }
         // Writing clears the interrupt, becoming empty sets it again; without a baud rate that is the same instant.
         self.thr_empty_due = self.thr_empty();
@@ -612,7 +603,7 @@ mod tests {
         uart.make_room(100);
         assert_eq!(uart.cx.sent, b"abcdefghijklmnop");
         assert_eq!(uart.read(LSR), SENT_ALL);
-        assert_eq!(uart.device.lost_bytes(), 0);
+        assert_eq!(uart.cx.lost, 0);
     }
 
     #[test]
@@ -624,7 +615,7 @@ mod tests {
         }
         uart.make_room(100);
         assert_eq!(uart.cx.sent, (0..17).collect::<Vec<u8>>());
-        assert_eq!(uart.device.lost_bytes(), 1);
+        assert_eq!(uart.cx.lost, 1);
     }
 
     #[test]

@@ -26,7 +26,7 @@ struct Flags {
     output_wanted: AtomicBool,
     /// The event loop found no room for input: it wants to be woken when there is.
     input_wanted: AtomicBool,
-    /// Bytes dropped because a device sent in spite of having been told not to.
+    /// Bytes that are lost, because a guest sent them while there was no room.
     dropped: AtomicU64,
 }
 
@@ -73,7 +73,7 @@ impl CharacterEnd {
     /// no room for another until [`HostEnd::wants_output_ready`] was answered.
     pub fn transmit(&mut self, byte: u8) -> bool {
         if self.output.push(byte).is_err() {
-            self.flags.dropped.fetch_add(1, Ordering::Relaxed);
+            self.lose();
         }
         fence(Ordering::SeqCst);
         if self.flags.loop_rests.load(Ordering::Relaxed)
@@ -92,6 +92,12 @@ impl CharacterEnd {
         // Room came up meanwhile. If the event loop saw the flag it will tell us once more, which does no harm.
         self.flags.output_wanted.store(false, Ordering::Relaxed);
         true
+    }
+
+    /// Counts a byte that the device could not keep while there was no room.
+    pub fn lose(&self) {
+        // A sum that is read when it does not change any more orders nothing.
+        self.flags.dropped.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Takes a byte from the host.
@@ -168,7 +174,7 @@ impl HostEnd {
         given
     }
 
-    /// Bytes that were dropped because the device sent without room.
+    /// Bytes that are lost, because the guest sent them while there was no room.
     pub fn dropped(&self) -> u64 {
         self.flags.dropped.load(Ordering::Relaxed)
     }
