@@ -71,8 +71,6 @@ fn bits_for(count: u32) -> u32 {
 pub struct Features {
     /// KVM_CAP_TSC_DEADLINE_TIMER, with the local APIC in the kernel. KVM leaves the bit to us.
     pub tsc_deadline: bool,
-    /// The guest's TSC frequency, to state it in leaf 0x15 on processors that have that leaf.
-    pub tsc_khz: Option<u32>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -94,8 +92,6 @@ const ECX_CMP_LEGACY: u32 = 1 << 1;
 
 const LEAF_TOPOLOGY: u32 = 0xb;
 const LEAF_TOPOLOGY_V2: u32 = 0x1f;
-/// The local APIC of KVM counts nanoseconds.
-const APIC_BUS_HZ: u32 = 1_000_000_000;
 
 fn vendor(entries: &[kvm_cpuid_entry2]) -> Vendor {
     let name = entries.iter().find(|entry| entry.function == 0).map(|leaf| {
@@ -147,7 +143,10 @@ pub fn guest_entries(
             4 if vendor != Vendor::Amd => leaf_4(entry, topology),
             // No performance counters: with what a host has of them, machines would differ.
             0xa => clear(entry),
-            0x15 => leaf_15(entry, features),
+            // The ratio of the host's TSC to its crystal would give a guest a wrong speed of its APIC timer, which counts
+            // nanoseconds. No true ratio is stated: Linux multiplies it in 32 bits, too few for such a crystal, and
+            // guests of KVM have the TSC's frequency from the KVM clock (leaf 0x40000001) anyway.
+            0x15 => clear(entry),
             0x8000_0001 if vendor == Vendor::Amd => {
                 set_field(
                     &mut entry.ecx,
@@ -241,15 +240,6 @@ fn leaf_8000_001e(entry: &mut kvm_cpuid_entry2, topology: &Topology, apic_id: u3
     entry.ecx = 0;
     set_field(&mut entry.ecx, 0, 8, apic_id >> topology.package_bits());
     entry.edx = 0;
-}
-
-/// The TSC's frequency as a ratio to a crystal's, which the APIC timer runs on too: so the crystal is what KVM's
-/// runs on.
-fn leaf_15(entry: &mut kvm_cpuid_entry2, features: &Features) {
-    clear(entry);
-    if let Some(khz) = features.tsc_khz {
-        (entry.eax, entry.ebx, entry.ecx) = (APIC_BUS_HZ / 1000, khz, APIC_BUS_HZ);
-    }
 }
 
 /// Threads, cores, and the end of the list.
@@ -481,20 +471,12 @@ mod tests {
     }
 
     #[test]
-    fn timers_are_stated_when_the_host_has_them() {
-        let features = Features {
-            tsc_deadline: true,
-            tsc_khz: Some(2_592_000),
-        };
+    fn the_deadline_timer_is_stated_when_the_host_has_it_and_a_crystal_never() {
+        let features = Features { tsc_deadline: true };
         let entries = guest_entries(&intel(), &Topology::flat(1), 0, &features);
         assert_ne!(find(&entries, 1, 0).ecx & ECX_TSC_DEADLINE, 0);
-        let tsc = find(&entries, 0x15, 0);
-        assert_eq!(
-            u64::from(tsc.ecx) * u64::from(tsc.ebx) / u64::from(tsc.eax),
-            2_592_000_000
-        );
+        assert_eq!(find(&entries, 0x15, 0), leaf(0x15, 0, [0; 4]));
         let without = guest(&intel(), Topology::flat(1), 0);
         assert_eq!(find(&without, 1, 0).ecx & ECX_TSC_DEADLINE, 0);
-        assert_eq!(find(&without, 0x15, 0), leaf(0x15, 0, [0; 4]));
     }
 }

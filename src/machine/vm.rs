@@ -323,7 +323,6 @@ impl Vm {
     fn features(&self) -> cpuid::Features {
         cpuid::Features {
             tsc_deadline: self.irqchip && self.kvm.check_extension(Cap::TscDeadlineTimer),
-            tsc_khz: None,
         }
     }
 
