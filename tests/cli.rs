@@ -8,11 +8,13 @@ mod process;
 #[path = "cli/terminal.rs"]
 mod terminal;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use process::{
     Ended, LIMIT, PROGRAM, PROMPT, Place, collect, eventually, finish, have_kvm, signal, skipped, wait,
 };
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, PipeWriter, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -596,6 +598,12 @@ fn a_pipe_nobody_reads_holds_up_neither_the_guest_nor_the_end() {
     }
 }
 
+/// Whether a pipe has no room.
+fn is_full(writer: &PipeWriter) -> bool {
+    let mut ends = [PollFd::new(writer.as_fd(), PollFlags::POLLOUT)];
+    poll(&mut ends, PollTimeout::ZERO).unwrap() == 0
+}
+
 #[test]
 fn a_guest_that_is_done_waits_for_a_slow_reader_unless_somebody_ends_it() {
     if !have_kvm() {
@@ -606,15 +614,15 @@ fn a_guest_that_is_done_waits_for_a_slow_reader_unless_somebody_ends_it() {
         let (reader, writer) = std::io::pipe().unwrap();
         let child = place
             .command("run --kernel k")
-            .stdout(writer)
+            .stdout(writer.try_clone().unwrap())
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
+        eventually("the pipe is full", || is_full(&writer));
         (reader, child)
     };
     // The guest has more to say than the pipe and the ring hold, and waits; then all of it arrives.
     let (mut reader, mut child) = spawn();
-    std::thread::sleep(Duration::from_millis(1500));
     let mut all = Vec::new();
     reader.read_to_end(&mut all).unwrap();
     assert_eq!(
@@ -623,11 +631,40 @@ fn a_guest_that_is_done_waits_for_a_slow_reader_unless_somebody_ends_it() {
     );
 
     let (reader, mut child) = spawn();
-    std::thread::sleep(Duration::from_millis(1500));
     signal(&child, Signal::SIGTERM);
     let status = wait(&mut child, PROMPT);
     assert!([GUEST_EXIT, 143].contains(&status), "{status}");
     drop(reader);
+}
+
+#[test]
+fn what_a_guest_sends_to_a_full_transmitter_is_counted_and_told_at_the_end() {
+    if !have_kvm() {
+        return;
+    }
+    let place = Place::with_kernel(guest::babble());
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    // The least that a pipe can hold, so that pipe, ring and FIFO together are less than what the guest says.
+    nix::fcntl::fcntl(&writer, nix::fcntl::FcntlArg::F_SETPIPE_SZ(4096)).unwrap();
+    let mut child = place
+        .command("run --kernel k --debug-console file:done")
+        .stdout(writer)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let stderr = collect(child.stderr.take().unwrap());
+    eventually("the guest has said it all", || !place.read("done").is_empty());
+    let mut all = Vec::new();
+    reader.read_to_end(&mut all).unwrap();
+    assert_eq!(wait(&mut child, LIMIT), GUEST_EXIT);
+    let stderr = String::from_utf8(stderr.join().unwrap()).unwrap();
+    let told = stderr.lines().find_map(|line| {
+        let (before, _) = line.split_once(" bytes of the guest's output to stdout are lost")?;
+        before.rsplit(' ').next()?.parse::<usize>().ok()
+    });
+    let lost = told.unwrap_or_else(|| panic!("no loss is told: {stderr}"));
+    assert!(lost > 0);
+    assert_eq!(all.len() + lost, 3 + guest::BABBLE_BYTES, "{stderr}");
 }
 
 // Input.
@@ -884,7 +921,7 @@ fn the_demo_ends_by_itself() {
 /// A machine whose console is a pseudo-terminal, and that one's name. `stderr` goes on being read.
 fn on_pty(place: &Place) -> (std::process::Child, String) {
     let mut child = place
-        .command("run --kernel k --console pty")
+        .command("run --kernel k --console pty --debug-console file:alive")
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
@@ -958,7 +995,7 @@ fn a_pty_console_that_nobody_reads_does_not_hold_up_the_end() {
         .write(true)
         .open(name)
         .unwrap();
-    std::thread::sleep(Duration::from_millis(700));
+    eventually("the guest goes on", || place.read("alive").len() > 500);
     signal(&child, Signal::SIGTERM);
     assert_eq!(wait(&mut child, PROMPT), 143);
     drop(pty);

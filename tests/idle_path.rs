@@ -171,6 +171,13 @@ fn spawn(device: Box<dyn Device>, clock: &Clock, placement: Placement) -> Spawne
     Address::spawn(Shell::new(device, outside), "register", placement, 4, |_| {}).unwrap()
 }
 
+/// Whether a thread of this process with that name sleeps.
+fn sleeps(name: &str) -> bool {
+    let threads = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+    let mut states = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("stat")).ok());
+    states.any(|stat| stat.contains(&format!("({name}) S ")))
+}
+
 fn port(placement: Placement) -> Port<Shell> {
     spawn(Box::new(Register(0)), &Clock::new(), placement)
         .address
@@ -266,7 +273,9 @@ fn the_checks_can_fail() {
     // An actor on a thread of its own has to be woken.
     let mut port = port(Placement::Thread);
     assert!(port.ask(DeviceMessage::Read(ACCESS)).is_ok());
-    std::thread::sleep(std::time::Duration::from_millis(100));
+    while !sleeps("dev:register") {
+        std::thread::yield_now();
+    }
     assert_eq!(
         without_system_calls(|| port.ask(DeviceMessage::Read(ACCESS)).is_ok()),
         Verdict::Killed

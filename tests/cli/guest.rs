@@ -170,6 +170,30 @@ code! {
      jmp 2b"
 }
 
+/// What [`babble`] says behind "up".
+pub const BABBLE_BYTES: usize = 16_000;
+
+code! {
+    /// Says [`BABBLE_BYTES`] without looking whether the transmitter takes them, then something on the debug console,
+    /// then ends with status 5 (11 for the process).
+    fn babble = "cli_babble";
+    "mov edx, 0x3fa
+     mov al, 1
+     out dx, al",
+    up!(),
+    "mov al, 0x61
+     mov ecx, 16000
+     2: out dx, al
+     dec ecx
+     jnz 2b
+     mov al, 0x2e
+     out 0xe9, al
+     mov al, 5
+     out 0xf4, al
+     3: hlt
+     jmp 3b"
+}
+
 code! {
     /// Sends back what it receives, until that is a 4: then it ends with status 7 (15 for the process). A 0 is taken for
     /// "nothing received".

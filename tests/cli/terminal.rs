@@ -1,17 +1,18 @@
 //! The program on a terminal of its own: whatever ends it, the terminal is as it was.
 
-use super::process::{LIMIT, PROMPT, Place, eventually, have_kvm, signal, wait};
+use super::process::{LIMIT, PROGRAM, PROMPT, Place, eventually, have_kvm, signal, wait};
 use super::{guest, plain};
 use nix::fcntl::OFlag;
 use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
 use nix::sys::termios::{LocalFlags, Termios, tcgetattr};
+use nix::unistd::{Pid, tcgetpgrp};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
@@ -34,6 +35,10 @@ impl Session {
     }
 
     fn start_with(place: &Place, words: &str, read: bool) -> Session {
+        Session::start_command(plain(words, place), read)
+    }
+
+    fn start_command(mut command: Command, read: bool) -> Session {
         // Not openpty(3): its descriptors would be inherited by every program that is started meanwhile.
         let master = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC).unwrap();
         grantpt(&master).unwrap();
@@ -50,7 +55,6 @@ impl Session {
         let master = master.as_fd().try_clone_to_owned().map(File::from).unwrap();
         let before = tcgetattr(&slave).unwrap();
         let end = || Stdio::from(slave.try_clone().unwrap());
-        let mut command = plain(words, place);
         command.stdin(end()).stdout(end()).stderr(end());
         // SAFETY: two system calls between fork and exec, both async-signal-safe.
         unsafe {
@@ -118,33 +122,27 @@ impl Session {
         });
     }
 
+    /// The group that the terminal belongs to now.
+    fn foreground(&self) -> Pid {
+        tcgetpgrp(&self.master).unwrap()
+    }
+
+    #[track_caller]
+    fn assert_as_before(&mut self) {
+        let settings = |terminal: Termios| {
+            let all = libc::termios::from(terminal);
+            (all.c_iflag, all.c_oflag, all.c_cflag, all.c_lflag, all.c_cc)
+        };
+        let now = settings(tcgetattr(&self.slave).unwrap());
+        let before = settings(self.before.clone());
+        assert_eq!(before, now, "the terminal is not as it was; {}", self.text());
+    }
+
     /// Waits for the end within `limit`, and asserts the status and that the terminal is as it was.
     #[track_caller]
     fn end(&mut self, limit: Duration) -> i32 {
         let status = wait(&mut self.child, limit);
-        let after = tcgetattr(&self.slave).unwrap();
-        let (before, after) = (
-            libc::termios::from(self.before.clone()),
-            libc::termios::from(after),
-        );
-        assert_eq!(
-            (
-                before.c_iflag,
-                before.c_oflag,
-                before.c_cflag,
-                before.c_lflag,
-                before.c_cc
-            ),
-            (
-                after.c_iflag,
-                after.c_oflag,
-                after.c_cflag,
-                after.c_lflag,
-                after.c_cc
-            ),
-            "the terminal is not as it was; {}",
-            self.text()
-        );
+        self.assert_as_before();
         assert!(!self.text().contains("bug in"), "{}", self.text());
         status
     }
@@ -247,6 +245,41 @@ fn the_escape_ends_a_guest_that_spins_sleeps_or_loops_on_a_port() {
         assert_eq!(session.end(PROMPT), 130);
         session.expect("ended from the console");
     }
+}
+
+#[test]
+fn a_shell_gets_its_terminal_back_while_the_program_is_stopped() {
+    if !have_kvm() {
+        return;
+    }
+    let place = Place::with_kernel(guest::echo());
+    let mut shell = Command::new("/bin/sh");
+    shell.arg("-i").current_dir(place.path());
+    let mut session = Session::start_command(shell, true);
+    let shell = Pid::from_raw(session.child.id() as i32);
+    session.type_in(format!("{PROGRAM} run --kernel k\n").as_bytes());
+    session.expect("up\n");
+    session.expect_raw();
+    let program = session.foreground();
+    assert_ne!(program, shell, "this shell has no job control");
+    for round in ["<first>", "<second>"] {
+        kill(program, Signal::SIGTSTP).unwrap();
+        // The shell takes the terminal back when it is told that the program stopped.
+        eventually("the shell has the terminal", || session.foreground() == shell);
+        session.assert_as_before();
+        session.type_in(b"fg\n");
+        eventually("the program has the terminal", || session.foreground() == program);
+        session.expect_raw();
+        session.type_in(round.as_bytes());
+        session.expect(round);
+    }
+    session.type_in(b"\x04");
+    eventually("the program has ended", || session.foreground() == shell);
+    // The shell puts the words together only when it runs the line.
+    session.type_in(b"echo sta''tus $?\n");
+    session.expect("status 15");
+    session.type_in(b"exit 3\n");
+    assert_eq!(session.end(LIMIT), 3);
 }
 
 #[test]
