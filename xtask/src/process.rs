@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::io;
+use std::io::{self, BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
@@ -32,20 +32,44 @@ pub fn output(command: &mut Command) -> Result<Vec<u8>> {
 
 /// Runs a command on this terminal; after the limit it and its descendants are killed.
 pub fn run_limited(command: &mut Command, limit: Duration) -> Result<ExitStatus> {
-    let name = describe(command);
-    let mut child = command
-        .stdin(Stdio::null())
-        .spawn()
-        .with_context(|| format!("cannot start {}", command.get_program().to_string_lossy()))?;
+    let mut child = start(command)?;
+    wait_limited(&mut child, command, limit)
+}
+
+/// The same, and returns what it said on stdout, too.
+pub fn run_limited_and_listen(command: &mut Command, limit: Duration) -> Result<(ExitStatus, String)> {
+    let mut child = start(command.stdout(Stdio::piped()))?;
+    let stdout = child.stdout.take().context("stdout is a pipe")?;
+    let listener = thread::spawn(move || {
+        let mut said = String::new();
+        for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+            println!("{line}");
+            said.push_str(&line);
+            said.push('\n');
+        }
+        said
+    });
+    let status = wait_limited(&mut child, command, limit)?;
+    let said = listener.join().ok().context("whoever listens does not panic")?;
+    Ok((status, said))
+}
+
+fn start(command: &mut Command) -> Result<Child> {
+    let child = command.stdin(Stdio::null()).spawn();
+    child.with_context(|| format!("cannot start {}", command.get_program().to_string_lossy()))
+}
+
+fn wait_limited(child: &mut Child, command: &Command, limit: Duration) -> Result<ExitStatus> {
     let deadline = Instant::now() + limit;
     loop {
         if let Some(status) = child.try_wait()? {
             return Ok(status);
         }
         if Instant::now() >= deadline {
-            kill_tree(&mut child);
+            kill_tree(child);
             bail!(
-                "`{name}` was still running after {} s and was killed",
+                "`{}` was still running after {} s and was killed",
+                describe(command),
                 limit.as_secs()
             );
         }
@@ -59,6 +83,26 @@ pub fn die_with_us(command: &mut Command) {
     unsafe {
         command.pre_exec(|| {
             if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(())
+        });
+    }
+}
+
+/// Keeps the child and all its threads on the processor that this thread is on now, which was not busy with others a
+/// moment ago, or the host would have put us elsewhere.
+pub fn stay_on_one_processor(command: &mut Command) {
+    // SAFETY: two system calls between fork and exec, which write to a set of their own.
+    unsafe {
+        command.pre_exec(|| {
+            let here = libc::sched_getcpu();
+            if here < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            let mut only: libc::cpu_set_t = std::mem::zeroed();
+            libc::CPU_SET(here as usize, &mut only);
+            if libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &only) != 0 {
                 return Err(io::Error::last_os_error());
             }
             Ok(())

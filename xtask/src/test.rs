@@ -1,10 +1,11 @@
 //! README's second command, and what CI runs.
 
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use harness::scenario;
 
 use crate::emulated_host::{self, Options, Vmm};
@@ -25,6 +26,8 @@ struct Step {
     words: &'static [&'static str],
     env: &'static [(&'static str, &'static str)],
     limit: u64,
+    /// How many tests have to pass in it; a filter that matches nothing would be a success for cargo.
+    tests: Option<fn() -> Result<usize>>,
 }
 
 /// Every step that is a cargo command, in order. Each has a limit in seconds, so that a hang is a failure.
@@ -34,6 +37,7 @@ const STEPS: [Step; 4] = [
         words: &["fmt", "--all", "--check"],
         env: &[],
         limit: 60,
+        tests: None,
     },
     Step {
         name: "clippy",
@@ -49,12 +53,14 @@ const STEPS: [Step; 4] = [
         ],
         env: &[],
         limit: 900,
+        tests: None,
     },
     Step {
         name: "tests",
         words: &["test", "--quiet", "--locked", "--workspace"],
         env: &[],
         limit: 1200,
+        tests: None,
     },
     // Another cfg would throw away what the other steps have built, hence a target directory of its own.
     Step {
@@ -75,11 +81,14 @@ const STEPS: [Step; 4] = [
             ("CARGO_PROFILE_RELEASE_LTO", "off"),
         ],
         limit: 900,
+        tests: Some(loom_models),
     },
 ];
 
-/// For all scenarios together.
-const SCENARIOS_LIMIT: Duration = Duration::from_secs(1800);
+/// For all scenarios of the suite ci together.
+const CI_LIMIT: Duration = Duration::from_secs(1800);
+/// For those of any other.
+const SLOW_LIMIT: Duration = Duration::from_secs(3 * 3600);
 
 pub fn run(args: &Args) -> Result<bool> {
     let mut summary = Summary::default();
@@ -97,13 +106,55 @@ pub fn run(args: &Args) -> Result<bool> {
                 .args(step.words)
                 .envs(step.env.iter().copied())
                 .current_dir(paths::root());
-            Ok(process::run_limited(&mut command, Duration::from_secs(step.limit))?.success())
+            let limit = Duration::from_secs(step.limit);
+            let Some(tests) = step.tests else {
+                return Ok(process::run_limited(&mut command, limit)?.success());
+            };
+            let (status, said) = process::run_limited_and_listen(&mut command, limit)?;
+            let (passed, there_are) = (passed(&said), tests()?);
+            ensure!(
+                !status.success() || passed == there_are,
+                "{passed} passed, but the sources have {there_are}"
+            );
+            Ok(status.success())
         });
     }
     if args.suite != "none" && wanted("scenarios") {
         summary.scenarios(&args.suite);
     }
     Ok(summary.print())
+}
+
+/// What the lines "test result: ok. 3 passed; …" of a test run add up to.
+fn passed(said: &str) -> usize {
+    let counts = said.lines().filter_map(|line| {
+        let (before, _) = line.split_once(" passed;")?;
+        before.rsplit(' ').next()?.parse::<usize>().ok()
+    });
+    counts.sum()
+}
+
+/// How many functions of the library are models by their name.
+fn loom_models() -> Result<usize> {
+    fn count(dir: &Path) -> Result<usize> {
+        let mut models = 0;
+        for entry in fs::read_dir(dir)? {
+            let path = entry?.path();
+            if path.is_dir() {
+                models += count(&path)?;
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let text = fs::read_to_string(&path)?;
+                models += text
+                    .lines()
+                    .filter(|line| line.trim_start().starts_with("fn loom_"))
+                    .count();
+            }
+        }
+        Ok(models)
+    }
+    let models = count(&paths::root().join("src"))?;
+    ensure!(models > 0, "no function in src is called loom_…");
+    Ok(models)
 }
 
 /// The tests skip by themselves what needs /dev/kvm; that must not go unnoticed.
@@ -158,7 +209,7 @@ impl Summary {
             let chosen = emulated_host::select(&all, &[], Some(suite))?;
             let options = Options {
                 cpus: 1,
-                limit: SCENARIOS_LIMIT,
+                limit: if suite == "ci" { CI_LIMIT } else { SLOW_LIMIT },
                 split: false,
                 console: false,
                 vmm: Vmm::ActorVmm,
@@ -192,5 +243,23 @@ impl Summary {
         }
         println!("{} passed, {} failed", self.passed, self.failed);
         self.failed == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn passed_tests_are_added_up() {
+        let said = "running 2 tests\n..\ntest result: ok. 2 passed; 0 failed; 0 ignored\n\n\
+                    running 0 tests\n\ntest result: ok. 0 passed; 0 failed\ntest result: ok. 11 passed; 0 failed\n";
+        assert_eq!(passed(said), 13);
+        assert_eq!(passed("test result: FAILED. 0 passed; 1 failed"), 0);
+    }
+
+    #[test]
+    fn the_library_has_models() {
+        assert!(loom_models().unwrap() >= 10);
     }
 }
