@@ -8,14 +8,18 @@
 //!
 //! * `state` is stored as `WAITING` (or `LEFT`) with `Release` after the call was written, and loaded with `Acquire` by
 //!   the holder of the token: it sees the call, and every post before it.
-//! * `state` goes to `DONE` (or `DEAD`, `GRANTED`) by a read-modify-write with `AcqRel`: the reply is written before, the
-//!   asker reads it after its `Acquire` load, and the old value tells whether it must be woken.
+//! * `state` goes to `DONE` (or `DEAD`, `GRANTED`) by a read-modify-write with `Release`: the reply is written before (the
+//!   call taken out, the actor's state left), the asker reads it after its `Acquire` load, and the old value tells
+//!   whether it must be woken. It is not `Acquire`: the holder reads nothing that the asker wrote since `WAITING`.
+//! * To `PARKED` it goes with `Relaxed`: a read-modify-write keeps what `WAITING` published visible, and nothing is new.
 //! * `tail` is stored with `Release` by the sender after the post was written, and loaded with `Acquire` by the holder:
 //!   the post is seen whole. `head` likewise the other way: a slot is filled again only after its post was moved out.
+//!
+//! Each is a [`Site`], and a model fails without it (`planted.rs`).
 
 use super::Actor;
 use super::park::Futex;
-use super::sync::{AtomicBool, AtomicU32, Ordering, UnsafeCell};
+use super::sync::{AtomicBool, AtomicU32, Bug, Ordering, Site, UnsafeCell, at, planted};
 use std::mem::MaybeUninit;
 
 /// How many posts a sender may have in flight to one actor before it must wait. Enough for a burst of 16550
@@ -86,18 +90,19 @@ impl<A: Actor> Lane<A> {
         }
     }
 
-    /// Posts not yet taken out. Exact for the sender as an upper bound, for the holder as a lower one.
+    /// Posts not yet taken out, or somewhat more. For the sender: relaxed, as it alone stores `tail`, and looks at `head`
+    /// again before it relies on it.
     pub(super) fn backlog(&self) -> u32 {
         self.tail
-            .load(Ordering::Acquire)
-            .wrapping_sub(self.head.load(Ordering::Acquire))
+            .load(Ordering::Relaxed)
+            .wrapping_sub(self.head.load(Ordering::Relaxed))
     }
 
     /// Adds a post. Only the lane's sender may call this, and only with room (`backlog() < LANE_CREDITS`).
     pub(super) fn push(&self, message: A::Message) {
         let tail = self.tail.load(Ordering::Relaxed);
         assert!(
-            tail.wrapping_sub(self.head.load(Ordering::Acquire)) < LANE_CREDITS,
+            tail.wrapping_sub(self.head.load(at(Site::Refill, Ordering::Acquire))) < LANE_CREDITS,
             "lane overrun"
         );
         self.posts[(tail % LANE_CREDITS) as usize].with_mut(|slot| {
@@ -105,20 +110,22 @@ impl<A: Actor> Lane<A> {
             // not look at the slot again before it sees the new tail. `&mut Port` makes us the only sender.
             unsafe { (*slot).write(message) };
         });
-        self.tail.store(tail.wrapping_add(1), Ordering::Release);
+        self.tail
+            .store(tail.wrapping_add(1), at(Site::Push, Ordering::Release));
     }
 
     /// Takes the oldest post. Only the holder of the token may call this.
     pub(super) fn pop(&self) -> Option<A::Message> {
         let head = self.head.load(Ordering::Relaxed);
-        if head == self.tail.load(Ordering::Acquire) {
+        if head == self.tail.load(at(Site::Pop, Ordering::Acquire)) {
             return None;
         }
         // SAFETY: head != tail, so the sender has written this slot (`tail`, Acquire) and leaves it alone until it
         // sees the new head; the token makes us the only reader, and the post is read out exactly once.
         let message =
             self.posts[(head % LANE_CREDITS) as usize].with_mut(|slot| unsafe { (*slot).assume_init_read() });
-        self.head.store(head.wrapping_add(1), Ordering::Release);
+        self.head
+            .store(head.wrapping_add(1), at(Site::Free, Ordering::Release));
         Some(message)
     }
 
@@ -129,13 +136,14 @@ impl<A: Actor> Lane<A> {
             // SAFETY: without a call in the state the holder leaves the cell alone; `&mut Port` makes us the only sender.
             unsafe { *cell = call };
         });
-        self.state.store(state, Ordering::Release);
+        self.state.store(state, at(Site::Call, Ordering::Release));
     }
 
     /// Whether there is a call to serve.
     #[inline]
     pub(super) fn has_call(&self) -> bool {
-        matches!(self.state.load(Ordering::Acquire), WAITING | PARKED | LEFT)
+        let state = self.state.load(at(Site::HasCall, Ordering::Acquire));
+        matches!(state, WAITING | PARKED | LEFT)
     }
 
     /// Takes the call, or the reply, out of the cell: for the holder, after [`Lane::has_call`]; for the asker, after
@@ -154,30 +162,43 @@ impl<A: Actor> Lane<A> {
             // SAFETY: as in `take`: the asker reads only after `DONE`, which comes below.
             self.call.with_mut(|cell| unsafe { *cell = Call::Reply(reply) });
         }
-        self.state.swap(DONE, Ordering::AcqRel) == PARKED
+        if planted(Bug::WakeFirst) {
+            self.state.wake();
+        }
+        let before = self.state.swap(DONE, at(Site::Conclude, Ordering::Release));
+        before == PARKED && !planted(Bug::WakeFirst)
     }
 
     /// Hands the token to the asker, if it looks.
     pub(super) fn grant(&self) -> bool {
         // Release: the asker that sees GRANTED is the next holder and must see the actor's state.
-        self.state
-            .compare_exchange(WAITING, GRANTED, Ordering::AcqRel, Ordering::Relaxed)
-            .is_ok()
+        let release = at(Site::Grant, Ordering::Release);
+        let granted = |from| {
+            self.state
+                .compare_exchange(from, GRANTED, release, Ordering::Relaxed)
+                .is_ok()
+        };
+        granted(WAITING) || planted(Bug::HandToSleeper) && granted(PARKED)
     }
 
     /// Tells an asker, if one waits, that nobody will serve it.
     pub(super) fn kill(&self) {
-        // Only the one who waits leaves WAITING or PARKED behind; a lane at rest is left alone.
-        for waiting in [WAITING, PARKED] {
-            if self
+        // Only the one who waits leaves WAITING or PARKED behind; a lane at rest is left alone. Relaxed: whose bit is
+        // seen, his state is (`Site::Close`).
+        let mut state = self.state.load(Ordering::Relaxed);
+        while matches!(state, WAITING | PARKED) {
+            let release = at(Site::Kill, Ordering::Release);
+            match self
                 .state
-                .compare_exchange(waiting, DEAD, Ordering::AcqRel, Ordering::Relaxed)
-                .is_ok()
+                .compare_exchange(state, DEAD, release, Ordering::Relaxed)
             {
-                if waiting == PARKED {
-                    self.state.wake();
+                Ok(_) => {
+                    if state == PARKED && !planted(Bug::CloseLetsSleep) {
+                        self.state.wake();
+                    }
+                    return;
                 }
-                return;
+                Err(now) => state = now,
             }
         }
     }

@@ -38,14 +38,21 @@
 //! * Taking the token is `Acquire`, giving it back `Release`: turns happen one after the other, each seeing the
 //!   state that the one before left.
 //! * The `fetch_or` of a sender is `AcqRel`: `Acquire` because it may take the token, `Release` to be seen together
-//!   with the lane by the holder's `fetch_and` (`Acquire`).
+//!   with the lane by the holder's `fetch_and` (`Acquire`). Handing over puts bits back with `Relaxed`: every step on the
+//!   word but the first is a read-modify-write, so the senders' `Release` reaches whoever sweeps next.
+//! * Closing is `AcqRel`: `Acquire` to see the calls that have to be refused, `Release` because a sender that finds the
+//!   word closed gets its call back.
+//! * Falling asleep is `Release` and the ringer's `fetch_and` `Acquire`, so that the bell is first made ready and then
+//!   rung. The bell itself carries no data (`Relaxed`): what there is to do is in the word.
 //! * Those of a lane are in `lane.rs`.
+//!
+//! Each is a [`Site`], and a model fails without it (`planted.rs`).
 
 use super::lane::{Call, LANE_CREDITS, Lane, PARKED, WAITING};
 use super::park::{Futex, spin_until};
 use super::placement::Runner;
 use super::rank::RankGuard;
-use super::sync::{Arc, AtomicU64, Ordering, UnsafeCell};
+use super::sync::{Arc, AtomicU64, Bug, Ordering, Site, UnsafeCell, at, planted};
 use super::{Actor, Obituary};
 use crossbeam_utils::CachePadded;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -55,7 +62,11 @@ pub(super) const HELD: u64 = 1 << 63;
 pub(super) const ASLEEP: u64 = 1 << 62;
 pub(super) const CLOSED: u64 = 1 << 61;
 /// How many lanes have a bit of their own; lane `n` uses bit `n % LANE_BITS`, so beyond that they share.
+#[cfg(not(loom))]
 const LANE_BITS: usize = 61;
+/// Few, so that models have lanes that share a bit.
+#[cfg(loom)]
+const LANE_BITS: usize = 3;
 const LANES: u64 = (1 << LANE_BITS) - 1;
 
 /// How many lanes an actor may have: 1024 vCPUs and then some, each lane a few hundred bytes.
@@ -130,7 +141,7 @@ impl<A: Actor> Core<A> {
     #[inline]
     pub(super) fn try_hold(&self) -> bool {
         self.word
-            .compare_exchange(0, HELD, Ordering::Acquire, Ordering::Relaxed)
+            .compare_exchange(0, HELD, at(Site::Take, Ordering::Acquire), Ordering::Relaxed)
             .is_ok()
     }
 
@@ -165,9 +176,19 @@ impl<A: Actor> Core<A> {
     /// Lets go of the token, unless something came in meanwhile. For the holder.
     #[inline]
     pub(super) fn try_release(&self) -> bool {
+        if planted(Bug::LetGoBlindly) {
+            self.word.swap(0, Ordering::Release);
+            return true;
+        }
         self.word
-            .compare_exchange(HELD, 0, Ordering::Release, Ordering::Relaxed)
+            .compare_exchange(HELD, 0, at(Site::LetGo, Ordering::Release), Ordering::Relaxed)
             .is_ok()
+    }
+
+    /// Takes the bits of the lanes that have something out of the word. For the holder, who has to serve them.
+    #[inline]
+    fn sweep(&self) -> u64 {
+        self.word.fetch_and(!LANES, at(Site::Sweep, Ordering::Acquire)) & LANES
     }
 
     /// Serves the holder's own lane, then everybody's, and lets go of the token.
@@ -190,7 +211,7 @@ impl<A: Actor> Core<A> {
         // Wakes them when it goes out of scope: on every way out the token is another's by then, or nobody's.
         let mut sleepers = Sleepers::new(self);
         loop {
-            let bits = self.word.fetch_and(!LANES, Ordering::AcqRel) & LANES;
+            let bits = self.sweep();
             if bits == 0 {
                 if self.try_release() {
                     return friends;
@@ -261,7 +282,12 @@ impl<A: Actor> Core<A> {
         let called = lane.has_call();
         // At most a lane's worth at a time, or one sender could keep the holder for ever: what was there when the
         // lane's bit was taken is no more than that, and whatever comes later sets the bit again.
-        for _ in 0..LANE_CREDITS {
+        let posts = if called && planted(Bug::CallFirst) {
+            0
+        } else {
+            LANE_CREDITS
+        };
+        for _ in 0..posts {
             let Some(message) = lane.pop() else { break };
             spend(&mut budget);
             if let Err(obituary) = self.turn(message) {
@@ -289,7 +315,8 @@ impl<A: Actor> Core<A> {
         };
         if lane.conclude(reply) {
             // Who fell asleep during the turn had looked for longer than a short one takes.
-            let long = slept_since.is_none_or(|since| since.elapsed() > LONG_TURN);
+            // A model is the same each time it is explored, so it knows no long turns.
+            let long = slept_since.is_none_or(|since| since.elapsed() > LONG_TURN && cfg!(not(loom)));
             sleepers.owe(index, long);
         }
         Ok(())
@@ -312,10 +339,12 @@ impl<A: Actor> Core<A> {
             let bit = rest.trailing_zeros() as usize;
             rest &= rest - 1;
             for lane in self.lanes.iter().skip(bit).step_by(LANE_BITS) {
-                if lane.state.load(Ordering::Relaxed) != WAITING {
+                if lane.state.load(Ordering::Relaxed) != WAITING && !planted(Bug::HandToSleeper) {
                     continue;
                 }
-                self.word.fetch_or(bits, Ordering::AcqRel);
+                if !planted(Bug::HandOverForgets) {
+                    self.word.fetch_or(bits, Ordering::Relaxed);
+                }
                 if lane.grant() {
                     return true;
                 }
@@ -338,7 +367,11 @@ impl<A: Actor> Core<A> {
     /// that the holder has taken out of the word and not served.
     pub(super) fn close(&self, pending: u64) {
         // One step decides for each sender: its bit was set before (we tell it), or it sees CLOSED itself.
-        let bits = (self.word.fetch_or(HELD | CLOSED, Ordering::AcqRel) | pending) & LANES;
+        let before = self
+            .word
+            .fetch_or(HELD | CLOSED, at(Site::Close, Ordering::AcqRel));
+        let pending = if planted(Bug::CloseForgets) { 0 } else { pending };
+        let bits = (before | pending) & LANES;
         let mut rest = bits;
         while rest != 0 {
             let bit = rest.trailing_zeros() as usize;
@@ -360,7 +393,7 @@ impl<A: Actor> Core<A> {
     /// The life of the actor's own thread (placement `thread`): the one holder, from spawn to the end.
     pub(super) fn reside(&self) {
         loop {
-            let bits = self.word.fetch_and(!LANES, Ordering::AcqRel) & LANES;
+            let bits = self.sweep();
             if bits != 0 {
                 // Nobody is held up by this thread being preempted who is not anyway: it wakes as soon as it can.
                 match self.serve_lanes(bits, None, &mut Sleepers::at_once(self)) {
@@ -371,15 +404,25 @@ impl<A: Actor> Core<A> {
             if spin_until(|| self.word.load(Ordering::Relaxed) != HELD) {
                 continue;
             }
-            self.bell.store(0, Ordering::Relaxed);
+            if !planted(Bug::BellLate) {
+                self.bell.store(0, Ordering::Relaxed);
+            }
             // Release, so that whoever sees ASLEEP and rings does so after the store above. If a bit has been set
             // since the last look, the exchange fails.
-            if self
-                .word
-                .compare_exchange(HELD, HELD | ASLEEP, Ordering::AcqRel, Ordering::Relaxed)
-                .is_ok()
-            {
-                while self.bell.load(Ordering::Acquire) == 0 {
+            let asleep = if planted(Bug::SleepBlindly) {
+                self.word.fetch_or(ASLEEP, Ordering::Release);
+                true
+            } else {
+                let release = at(Site::FallAsleep, Ordering::Release);
+                self.word
+                    .compare_exchange(HELD, HELD | ASLEEP, release, Ordering::Relaxed)
+                    .is_ok()
+            };
+            if planted(Bug::BellLate) {
+                self.bell.store(0, Ordering::Relaxed);
+            }
+            if asleep {
+                while self.bell.load(Ordering::Relaxed) == 0 {
                     self.bell.wait(0);
                 }
             }
@@ -390,8 +433,9 @@ impl<A: Actor> Core<A> {
     #[cold]
     pub(super) fn ring(&self) {
         // Of many senders that saw ASLEEP, the one that clears it rings, so a burst costs one system call.
-        if self.word.fetch_and(!ASLEEP, Ordering::AcqRel) & ASLEEP != 0 {
-            self.bell.store(1, Ordering::Release);
+        let before = self.word.fetch_and(!ASLEEP, at(Site::Ring, Ordering::Acquire));
+        if before & ASLEEP != 0 {
+            self.bell.store(1, Ordering::Relaxed);
             self.bell.wake();
         }
     }
@@ -481,7 +525,7 @@ pub(super) trait Job: Send + Sync {
 impl<A: Actor> Job for Core<A> {
     /// One sweep. The token is never handed to an asker: this actor's turns run in the pool only.
     fn run(self: Arc<Self>) {
-        let bits = self.word.fetch_and(!LANES, Ordering::AcqRel) & LANES;
+        let bits = self.sweep();
         if self.serve_lanes(bits, None, &mut Sleepers::at_once(&self)) == Sweep::Closed {
             return;
         }

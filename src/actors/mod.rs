@@ -27,11 +27,13 @@
 //! | `rank.rs` | who may wait for whom |
 //! | `sync.rs` | the atomics: the real ones, or loom's when models are explored |
 //! | `models.rs` | loom models of the token, park and close protocols |
+//! | `planted.rs` | the mistakes that those and all other models must find |
 
 mod lane;
 mod mailbox;
 pub(crate) mod park;
 mod placement;
+mod planted;
 mod port;
 mod rank;
 pub(crate) mod sync;

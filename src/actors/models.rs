@@ -1,4 +1,4 @@
-//! Loom models: every interleaving of a few steps, and every value that the memory model lets a load return.
+//! Loom models of actors: every interleaving of a few steps, and every value that the memory model lets a load return.
 //!
 //! `RUSTFLAGS='--cfg loom' cargo test --release --lib loom_`. A lost wake-up shows as a deadlock, two holders of
 //! one token as concurrent access to a cell, a lost or doubled message as a wrong sum.
@@ -37,6 +37,13 @@ fn adder(lanes: usize) -> Address<Adder> {
     .address
 }
 
+/// The same with senders that look more often than once before they do something else.
+fn explore_looking(looks: u32, preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
+    super::park::LOOKS.set(looks);
+    explore(preemptions, model);
+    super::park::LOOKS.set(0);
+}
+
 fn explore(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(preemptions);
@@ -44,7 +51,7 @@ fn explore(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
 }
 
 #[test]
-fn loom_two_asks_are_two_turns() {
+pub(super) fn loom_two_asks_are_two_turns() {
     explore(3, || {
         let address = adder(2);
         let (mut a, mut b) = (address.connect().unwrap(), address.connect().unwrap());
@@ -59,7 +66,7 @@ fn loom_two_asks_are_two_turns() {
 }
 
 #[test]
-fn loom_three_asks_with_hand_over() {
+pub(super) fn loom_three_asks_with_hand_over() {
     // COMBINE is 1 under loom: the second envelope that a holder meets makes it look for a spinning asker.
     explore(2, || {
         let address = adder(3);
@@ -76,10 +83,10 @@ fn loom_three_asks_with_hand_over() {
 }
 
 #[test]
-fn loom_friends_are_served_once_each() {
+pub(super) fn loom_friends_are_served_once_each() {
     // Of two that ask twice, one may serve the other in the first round, and so look into its lane unasked in the
     // second, while the other looks for the reply before it registers, and registers in the midst of being served.
-    explore(2, || {
+    explore(3, || {
         let address = adder(2);
         let (mut a, mut b) = (address.connect().unwrap(), address.connect().unwrap());
         let other = thread::spawn(move || {
@@ -96,9 +103,9 @@ fn loom_friends_are_served_once_each() {
 }
 
 #[test]
-fn loom_a_friend_meets_the_end() {
+pub(super) fn loom_a_friend_meets_the_end() {
     // The actor panics in a turn that its holder does for a friend, or for itself while the friend is not registered.
-    explore(2, || {
+    explore(3, || {
         let address = Address::spawn(Mortal, "mortal", Placement::Handoff, 2, |_| {})
             .expect("no thread is started")
             .address;
@@ -115,6 +122,21 @@ fn loom_a_friend_meets_the_end() {
     });
 }
 
+#[test]
+pub(super) fn loom_a_message_ends_the_actor() {
+    // Wherever it is handled, whoever asked hears of it and gets its call back.
+    explore(3, || {
+        let address = Address::spawn(Mortal, "mortal", Placement::Handoff, 2, |_| {})
+            .expect("no thread is started")
+            .address;
+        let (mut a, mut b) = (address.connect().unwrap(), address.connect().unwrap());
+        let other = thread::spawn(move || b.ask(true));
+        let _ = a.ask(false);
+        assert_eq!(other.join().unwrap(), Err(Closed));
+        assert!(address.is_closed());
+    });
+}
+
 /// Panics when told to.
 struct Mortal;
 
@@ -124,28 +146,30 @@ impl Actor for Mortal {
     const RANK: Rank = Rank::Device;
 
     fn handle(&mut self, panic: bool) {
-        assert!(!panic, "told to");
+        if panic {
+            // Without the hook, which would tell of every one of many.
+            std::panic::resume_unwind(Box::new("told to"));
+        }
     }
 }
 
 #[test]
-fn loom_what_a_holder_hands_over_is_served() {
-    // A holder whose budget is used up while a post and an ask of others are left gives the token to the asker, and
-    // the post's bit with it: if it did not, the post would lie in its lane for ever.
+pub(super) fn loom_what_a_holder_hands_over_is_served() {
+    // A holder whose budget is used up by one post, while another post and an ask are left, gives the token to the asker,
+    // and the post's bit with it: if it did not, the post would lie in its lane for ever.
     explore(2, || {
         let address = adder(4);
-        let (mut a, mut b, mut c) = (
-            address.connect().unwrap(),
-            address.connect().unwrap(),
-            address.connect().unwrap(),
-        );
-        let poster = thread::spawn(move || b.post(10).unwrap());
-        let asker = thread::spawn(move || c.ask(100).unwrap());
-        a.ask(1).unwrap();
-        poster.join().unwrap();
-        asker.join().unwrap();
+        let mut ports: Vec<_> = (0..4).map(|_| address.connect().unwrap()).collect();
+        let (mut holder, mut asker) = (ports.pop().unwrap(), ports.pop().unwrap());
+        let mut threads: Vec<_> = ports
+            .into_iter()
+            .map(|mut port| thread::spawn(move || port.post(10).unwrap()))
+            .collect();
+        threads.push(thread::spawn(move || assert!(asker.ask(100).unwrap().0 >= 100)));
+        holder.ask(1).unwrap();
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
         // Nobody holds the token now, so nothing may be left in any lane.
-        assert_eq!(address.connect().unwrap().ask(0).unwrap().0, 111);
+        assert_eq!(holder.ask(0).unwrap().0, 121);
     });
 }
 
@@ -165,7 +189,7 @@ impl Actor for Shows {
 }
 
 #[test]
-fn loom_a_fence_comes_after_the_turn_and_not_after_the_taking() {
+pub(super) fn loom_a_fence_comes_after_the_turn_and_not_after_the_taking() {
     explore(3, || {
         let shown = std::sync::Arc::new(loom::sync::atomic::AtomicBool::new(false));
         let address = Address::spawn(Shows(shown.clone()), "shows", Placement::Handoff, 2, |_| {})
@@ -182,7 +206,7 @@ fn loom_a_fence_comes_after_the_turn_and_not_after_the_taking() {
 }
 
 #[test]
-fn loom_posts_keep_their_order_and_none_is_lost() {
+pub(super) fn loom_posts_keep_their_order_and_none_is_lost() {
     explore(3, || {
         let address = adder(2);
         let (mut a, mut b) = (address.connect().unwrap(), address.connect().unwrap());
@@ -202,7 +226,7 @@ fn loom_posts_keep_their_order_and_none_is_lost() {
 }
 
 #[test]
-fn loom_resident_sleeps_and_is_woken() {
+pub(super) fn loom_resident_sleeps_and_is_woken() {
     explore(3, || {
         let (address, reside) = Address::resident_for_model(Adder { sum: 0, turns: 0 }, 2);
         let resident = thread::spawn(reside);
@@ -216,7 +240,7 @@ fn loom_resident_sleeps_and_is_woken() {
 }
 
 #[test]
-fn loom_resident_with_two_senders() {
+pub(super) fn loom_resident_with_two_senders() {
     explore(2, || {
         let (address, reside) = Address::resident_for_model(Adder { sum: 0, turns: 0 }, 2);
         let resident = thread::spawn(reside);
@@ -230,7 +254,7 @@ fn loom_resident_with_two_senders() {
 }
 
 #[test]
-fn loom_close_answers_everybody() {
+pub(super) fn loom_close_answers_everybody() {
     explore(3, || {
         let address = adder(2);
         let (mut a, mut b) = (address.connect().unwrap(), address.connect().unwrap());
@@ -243,5 +267,115 @@ fn loom_close_answers_everybody() {
         assert!(address.is_closed());
         assert_eq!(a.ask(1), Err(Closed));
         other.join().unwrap();
+    });
+}
+
+#[test]
+pub(super) fn loom_a_lane_is_used_again() {
+    explore(3, || {
+        let address = adder(2);
+        let mut first = address.connect().unwrap();
+        let mut holder = address.connect().unwrap();
+        // Holds the token at times, so the posts below lie in the lane when it changes hands.
+        let other = thread::spawn(move || {
+            holder.ask(100).unwrap();
+            holder
+        });
+        let before = thread::spawn(move || {
+            first.post(1).unwrap();
+            first.post(2).unwrap();
+        });
+        let mut second = loop {
+            match address.connect() {
+                Some(port) => break port,
+                None => thread::yield_now(),
+            }
+        };
+        second.post(10).unwrap();
+        let sum = second.ask(20).unwrap().0;
+        assert!(sum >= 33 && sum % 100 == 33 % 100, "{sum}");
+        before.join().unwrap();
+        other.join().unwrap();
+    });
+}
+
+#[test]
+pub(super) fn loom_lanes_that_share_a_bit() {
+    // A holder that was called for by one lane looks into the other too, whose sender is anywhere in between.
+    explore(3, || {
+        let address = adder(4);
+        let mut ports: Vec<_> = (0..4).map(|_| address.connect().unwrap()).collect();
+        let (mut last, mut first) = (ports.pop().unwrap(), ports.swap_remove(0));
+        let other = thread::spawn(move || {
+            last.post(1).unwrap();
+            last.ask(2).unwrap().0
+        });
+        first.post(10).unwrap();
+        assert!(first.ask(20).unwrap().0 >= 30);
+        assert_eq!(other.join().unwrap() % 10, 3);
+        assert_eq!(first.ask(0).unwrap().0, 33);
+    });
+}
+
+#[test]
+pub(super) fn loom_posts_in_lanes_that_share_a_bit() {
+    // The same with posts, one of which is called for and one not yet, while a third sender holds the token.
+    explore(2, || {
+        let address = adder(4);
+        let mut ports: Vec<_> = (0..4).map(|_| address.connect().unwrap()).collect();
+        let (mut last, mut first) = (ports.pop().unwrap(), ports.swap_remove(0));
+        let mut holder = ports.pop().unwrap();
+        let others = [
+            thread::spawn(move || first.post(1).unwrap()),
+            thread::spawn(move || last.post(10).unwrap()),
+        ];
+        holder.ask(100).unwrap();
+        for other in others {
+            other.join().unwrap();
+        }
+        assert_eq!(holder.ask(0).unwrap().0, 111);
+    });
+}
+
+#[test]
+pub(super) fn loom_a_friend_that_has_gone_is_not_waited_for() {
+    // Who was served by another once leaves its next ask where that one would look, but it may never look again.
+    explore_looking(1, 3, || {
+        let address = adder(2);
+        let (mut a, mut b) = (address.connect().unwrap(), address.connect().unwrap());
+        let other = thread::spawn(move || {
+            b.ask(10).unwrap();
+            b.ask(100).unwrap().0
+        });
+        a.ask(1).unwrap();
+        assert!(other.join().unwrap() >= 110);
+    });
+}
+
+#[test]
+pub(super) fn loom_a_pool_serves_everybody() {
+    explore(2, || {
+        let (pool, work) = Pool::for_model();
+        let worker = thread::spawn(work);
+        let address = Address::spawn(
+            Adder { sum: 0, turns: 0 },
+            "adder",
+            Placement::Pool(pool),
+            2,
+            |_| {},
+        )
+        .expect("no thread is started")
+        .address;
+        let (mut a, mut b) = (address.connect().unwrap(), address.connect().unwrap());
+        let other = thread::spawn(move || {
+            b.post(10).unwrap();
+            b.ask(0).unwrap().0
+        });
+        let mine = a.ask(1).unwrap().0;
+        let theirs = other.join().unwrap();
+        assert!(mine % 10 == 1 && theirs >= 10, "{mine} and {theirs}");
+        assert_eq!(a.ask(0).unwrap().0, 11);
+        drop((a, address));
+        worker.join().unwrap();
     });
 }

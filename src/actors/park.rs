@@ -108,18 +108,18 @@ impl Futex {
 /// machines), so this is a few microseconds: what a turn takes, and less than a sleep and a wake-up. On a machine
 /// with one processor nobody else can make progress while we look, so there it is 0.
 fn spin_limit() -> u32 {
-    #[cfg(loom)]
-    {
-        1
-    }
-    #[cfg(not(loom))]
-    {
-        static LIMIT: std::sync::OnceLock<u32> = std::sync::OnceLock::new();
-        *LIMIT.get_or_init(|| match std::thread::available_parallelism() {
-            Ok(n) if n.get() > 1 => 200,
-            _ => 0,
-        })
-    }
+    static LIMIT: std::sync::OnceLock<u32> = std::sync::OnceLock::new();
+    *LIMIT.get_or_init(|| match std::thread::available_parallelism() {
+        Ok(n) if n.get() > 1 => 200,
+        _ => 0,
+    })
+}
+
+#[cfg(loom)]
+thread_local! {
+    /// How often the threads of a model look (they are coroutines on one thread). Each look is a switch to another
+    /// thread, which hides more than it shows: without any, threads are still held up at every step.
+    pub(super) static LOOKS: std::cell::Cell<u32> = const { std::cell::Cell::new(0) };
 }
 
 /// How often to let others run before going to sleep. Whoever waits for longer than a spin most likely waits for a
@@ -131,13 +131,13 @@ const YIELDS: u32 = 16;
 /// Looks at `ready` up to so many times, and says how often it had to.
 #[inline]
 pub(crate) fn look(times: u32, mut ready: impl FnMut() -> bool) -> Option<u32> {
+    #[cfg(loom)]
+    let times = times.min(LOOKS.get());
     for looks in 0..times {
         if ready() {
             return Some(looks);
         }
         spin_loop();
-        #[cfg(loom)]
-        loom::thread::yield_now();
     }
     ready().then_some(times)
 }

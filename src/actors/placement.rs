@@ -2,7 +2,7 @@
 
 use super::mailbox::Job;
 use super::sync::Arc;
-use crossbeam_channel::{Receiver, Sender};
+use super::sync::queue::{Receiver, Sender, bounded};
 use std::fmt;
 use std::str::FromStr;
 
@@ -72,7 +72,7 @@ impl Pool {
     /// # Errors
     /// When the host cannot start a thread.
     pub fn new(threads: usize) -> std::io::Result<Pool> {
-        let (queue, jobs): (_, Receiver<Arc<dyn Job>>) = crossbeam_channel::bounded(POOL_ACTORS);
+        let (queue, jobs): (_, Receiver<Arc<dyn Job>>) = bounded(POOL_ACTORS);
         for n in 0..threads.max(1) {
             let jobs = jobs.clone();
             crate::thread::spawn(format!("pool{n}"), move || {
@@ -82,6 +82,13 @@ impl Pool {
             })?;
         }
         Ok(Pool { queue })
+    }
+
+    /// A pool of one, and what its worker does.
+    #[cfg(all(test, loom))]
+    pub(super) fn for_model() -> (Pool, impl FnOnce() + Send) {
+        let (queue, jobs): (_, Receiver<Arc<dyn Job>>) = bounded(POOL_ACTORS);
+        (Pool { queue }, move || jobs.into_iter().for_each(|job| job.run()))
     }
 }
 

@@ -5,7 +5,7 @@ use super::mailbox::{ASLEEP, CLOSED, Core, HELD, Met, lane_bit};
 use super::park::{look, spin_until, yield_until};
 use super::placement::{Placement, Runner};
 use super::rank;
-use super::sync::{Arc, Ordering};
+use super::sync::{Arc, Bug, Ordering, Site, at, planted};
 use super::{Actor, Obituary};
 use std::fmt;
 
@@ -96,7 +96,12 @@ impl<A: Actor> Address<A> {
             // Acquire and the Release in drop: the next user of a lane sees it as the last one left it.
             if lane
                 .connected
-                .compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed)
+                .compare_exchange(
+                    false,
+                    true,
+                    at(Site::Connect, Ordering::Acquire),
+                    Ordering::Relaxed,
+                )
                 .is_ok()
             {
                 return Some(Port {
@@ -185,7 +190,7 @@ impl Friends {
 }
 
 /// How often a sender looks for the reply before it registers, if its last ask was served by somebody else.
-const PATIENCE: u32 = if cfg!(loom) { 1 } else { 24 };
+const PATIENCE: u32 = 24;
 
 impl<A: Actor> Port<A> {
     /// Sends and waits for the reply.
@@ -331,7 +336,8 @@ impl<A: Actor> Port<A> {
     /// [`Closed`] when the actor ended before.
     pub fn fence(&mut self) -> Result<(), Closed> {
         // The lane's head is moved before the turn runs, so an empty lane is not enough: the word tells.
-        if self.core.word.load(Ordering::Acquire) == 0 {
+        let idle = self.core.word.load(at(Site::Fence, Ordering::Acquire)) == 0;
+        if idle || planted(Bug::FenceByLane) && self.core.lanes[self.lane].backlog() == 0 {
             return Ok(());
         }
         rank::assert_may_wait_for(A::RANK, &self.core.name);
@@ -369,13 +375,15 @@ impl<A: Actor> Port<A> {
     fn register(&mut self) -> Result<bool, Closed> {
         let core = &*self.core;
         // AcqRel: this may take the token (Acquire), and it publishes the lane (Release).
-        let before = core.word.fetch_or(HELD | lane_bit(self.lane), Ordering::AcqRel);
+        let order = at(Site::Register, Ordering::AcqRel);
+        let before = core.word.fetch_or(HELD | lane_bit(self.lane), order);
         if before & CLOSED != 0 {
             // What is in the lane is dropped with the mailbox.
             return Err(Closed);
         }
         if before & HELD == 0 {
             match core.runner {
+                Runner::Sender if planted(Bug::RegisterAndGo) => {}
                 Runner::Sender => {
                     self.friends.add(core.combine_from(self.lane), self.lane);
                     return Ok(true);
@@ -417,12 +425,14 @@ impl<A: Actor> Port<A> {
         if let Some(looked) = looked {
             self.served = true;
             self.core.lanes[self.lane].looked.store(looked, Ordering::Relaxed);
+        } else if expects && planted(Bug::ExpectForEver) {
+            // Not registered.
         } else if !self.register()? && spin_until(|| self.is_settled()) {
             self.served = self.core.runner.is_sender();
         }
         loop {
             let state = &self.core.lanes[self.lane].state;
-            match state.load(Ordering::Acquire) {
+            match state.load(at(Site::Settled, Ordering::Acquire)) {
                 DONE => return Ok(()),
                 DEAD => {
                     self.served = false;
@@ -436,14 +446,20 @@ impl<A: Actor> Port<A> {
                     self.served = false;
                 }
                 _ => {
-                    if !yield_until(|| self.is_settled())
-                        && state
-                            .compare_exchange(WAITING, PARKED, Ordering::AcqRel, Ordering::Acquire)
-                            .is_ok()
+                    if yield_until(|| self.is_settled()) {
+                        continue;
+                    }
+                    // Relaxed, here and in `is_settled`: what it has become is looked at above.
+                    if planted(Bug::ParkBlindly) {
+                        state.swap(PARKED, Ordering::Relaxed);
+                    } else if state
+                        .compare_exchange(WAITING, PARKED, Ordering::Relaxed, Ordering::Relaxed)
+                        .is_err()
                     {
-                        while state.load(Ordering::Acquire) == PARKED {
-                            state.wait(PARKED);
-                        }
+                        continue;
+                    }
+                    while state.load(Ordering::Relaxed) == PARKED {
+                        state.wait(PARKED);
                     }
                 }
             }
@@ -453,7 +469,7 @@ impl<A: Actor> Port<A> {
     /// Whether the call needs no more waiting.
     #[inline]
     fn is_settled(&self) -> bool {
-        let state = self.core.lanes[self.lane].state.load(Ordering::Acquire);
+        let state = self.core.lanes[self.lane].state.load(Ordering::Relaxed);
         state != WAITING && state != PARKED
     }
 }
@@ -465,7 +481,7 @@ impl<A: Actor> Drop for Port<A> {
         if !self.stopped {
             self.core.lanes[self.lane]
                 .connected
-                .store(false, Ordering::Release);
+                .store(false, at(Site::Disconnect, Ordering::Release));
         }
     }
 }

@@ -17,8 +17,15 @@ pub enum Rank {
     Backend = 3,
 }
 
+#[cfg(not(loom))]
 thread_local! {
     static CURRENT: Cell<Rank> = const { Cell::new(Rank::Supervisor) };
+}
+
+// A model's threads are coroutines on one thread of the system.
+#[cfg(loom)]
+loom::thread_local! {
+    static CURRENT: Cell<Rank> = Cell::new(Rank::Supervisor);
 }
 
 /// While this lives the current thread acts at the rank it was made with; afterwards at the one before.
@@ -34,7 +41,7 @@ impl RankGuard {
     #[inline]
     pub fn enter(rank: Rank) -> RankGuard {
         RankGuard {
-            before: CURRENT.replace(rank),
+            before: CURRENT.with(|current| current.replace(rank)),
             _thread: std::marker::PhantomData,
         }
     }
@@ -43,7 +50,7 @@ impl RankGuard {
 impl Drop for RankGuard {
     #[inline]
     fn drop(&mut self) {
-        CURRENT.set(self.before);
+        CURRENT.with(|current| current.set(self.before));
     }
 }
 
@@ -53,7 +60,7 @@ impl Drop for RankGuard {
 /// When the wait would not go upward: a bug of ours, contained at the actor whose turn it is.
 #[inline]
 pub(super) fn assert_may_wait_for(target: Rank, name: &str) {
-    let current = CURRENT.get();
+    let current = CURRENT.with(Cell::get);
     if current >= target {
         refuse(current, target, name);
     }

@@ -1,14 +1,13 @@
 //! The two byte rings between a character device and the event loop, and who wakes whom.
 //!
 //! The device's turns run on vCPU threads and must never wait for a terminal or a pipe. So bytes go through two
-//! rings with one producer and one consumer each, and each side tells the other only when that one said that it
-//! is about to rest. Both directions follow one pattern: the resting side sets its flag, then looks again; the
-//! working side changes the ring, then looks at the flag. With a sequentially consistent fence between the two
-//! steps on both sides, at least one of them sees what the other did, so nothing is left lying.
+//! rings with one producer and one consumer each, and each side tells the other only when that one wishes it
+//! ([`Wish`]), because it rests or because it found no room.
 
+use super::wish::Wish;
 use rtrb::{Consumer, Producer, RingBuffer};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicU64, Ordering};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Bytes each ring holds. A screen of text; small, as it counts as the VMM's own memory.
@@ -17,15 +16,14 @@ pub const RING_BYTES: usize = 8192;
 /// Wakes the event loop.
 pub type Waker = Arc<EventFd>;
 
-/// The flags of a pair.
-#[derive(Default)]
+/// What a pair shares beside its rings.
 struct Flags {
     /// The event loop rests: a device that sends must wake it.
-    loop_rests: AtomicBool,
+    loop_rests: Wish,
     /// The device was told that there is no room: it wants to be told when there is.
-    output_wanted: AtomicBool,
+    output_wanted: Wish,
     /// The event loop found no room for input: it wants to be woken when there is.
-    input_wanted: AtomicBool,
+    input_wanted: Wish,
     /// Bytes that are lost, because a guest sent them while there was no room.
     dropped: AtomicU64,
 }
@@ -50,8 +48,10 @@ pub fn pair(waker: Waker) -> (CharacterEnd, HostEnd) {
     let (output_in, output_out) = RingBuffer::new(RING_BYTES);
     let (input_in, input_out) = RingBuffer::new(RING_BYTES);
     let flags = Arc::new(Flags {
-        loop_rests: AtomicBool::new(true),
-        ..Flags::default()
+        loop_rests: Wish::new(true),
+        output_wanted: Wish::new(false),
+        input_wanted: Wish::new(false),
+        dropped: AtomicU64::new(0),
     });
     (
         CharacterEnd {
@@ -75,23 +75,10 @@ impl CharacterEnd {
         if self.output.push(byte).is_err() {
             self.lose();
         }
-        fence(Ordering::SeqCst);
-        if self.flags.loop_rests.load(Ordering::Relaxed)
-            && self.flags.loop_rests.swap(false, Ordering::Relaxed)
-        {
+        if self.flags.loop_rests.is_due(|| true) {
             wake(&self.waker);
         }
-        if !self.output.is_full() {
-            return true;
-        }
-        self.flags.output_wanted.store(true, Ordering::Relaxed);
-        fence(Ordering::SeqCst);
-        if self.output.is_full() {
-            return false;
-        }
-        // Room came up meanwhile. If the event loop saw the flag it will tell us once more, which does no harm.
-        self.flags.output_wanted.store(false, Ordering::Relaxed);
-        true
+        !self.output.is_full() || !self.flags.output_wanted.express(|| !self.output.is_full())
     }
 
     /// Counts a byte that the device could not keep while there was no room.
@@ -103,11 +90,11 @@ impl CharacterEnd {
     /// Takes a byte from the host.
     pub fn receive(&mut self) -> Option<u8> {
         let byte = self.input.pop().ok()?;
-        fence(Ordering::SeqCst);
         // Not at the first free byte: a paste would cost a wake-up each.
-        if self.flags.input_wanted.load(Ordering::Relaxed)
-            && self.input.slots() <= RING_BYTES / 2
-            && self.flags.input_wanted.swap(false, Ordering::Relaxed)
+        if self
+            .flags
+            .input_wanted
+            .is_due(|| self.input.slots() <= RING_BYTES / 2)
         {
             wake(&self.waker);
         }
@@ -130,46 +117,29 @@ impl HostEnd {
     /// Whether the device waits to be told that there is room, and there is: half a ring, or a slow reader would cost
     /// a message a byte. Answers `true` once a wish.
     pub fn wants_output_ready(&self) -> bool {
-        fence(Ordering::SeqCst);
-        self.flags.output_wanted.load(Ordering::Relaxed)
-            && self.output.slots() <= RING_BYTES / 2
-            && self.flags.output_wanted.swap(false, Ordering::Relaxed)
+        self.flags
+            .output_wanted
+            .is_due(|| self.output.slots() <= RING_BYTES / 2)
     }
 
     /// The event loop is about to rest: from now on the device wakes it. `false`: not now, there is output.
     pub fn rest(&self) -> bool {
-        self.flags.loop_rests.store(true, Ordering::Relaxed);
-        fence(Ordering::SeqCst);
-        if self.output.is_empty() {
-            return true;
-        }
-        self.flags.loop_rests.store(false, Ordering::Relaxed);
-        false
+        self.flags.loop_rests.express(|| !self.output.is_empty())
     }
 
     /// The event loop is up: the device need not wake it.
     pub fn up(&self) {
-        self.flags.loop_rests.store(false, Ordering::Relaxed);
+        self.flags.loop_rests.withdraw();
     }
 
     /// Gives bytes to the device; returns how many were taken. If not all, the device will wake us.
     pub fn give(&mut self, bytes: &[u8]) -> usize {
-        let mut given = self.push(bytes);
+        let mut given = push(&mut self.input, bytes);
         if given < bytes.len() {
-            self.flags.input_wanted.store(true, Ordering::Relaxed);
-            fence(Ordering::SeqCst);
-            given += self.push(&bytes[given..]);
-        }
-        given
-    }
-
-    fn push(&mut self, bytes: &[u8]) -> usize {
-        let mut given = 0;
-        for byte in bytes {
-            if self.input.push(*byte).is_err() {
-                break;
-            }
-            given += 1;
+            self.flags.input_wanted.express(|| {
+                given += push(&mut self.input, &bytes[given..]);
+                given == bytes.len()
+            });
         }
         given
     }
@@ -180,12 +150,17 @@ impl HostEnd {
     }
 }
 
+/// As many as there is room for.
+fn push(ring: &mut Producer<u8>, bytes: &[u8]) -> usize {
+    bytes.iter().take_while(|byte| ring.push(**byte).is_ok()).count()
+}
+
 /// Adds 1 to an eventfd. It can only fail if the counter is full, and then the loop is awake anyway.
 pub fn wake(waker: &EventFd) {
     let _ = waker.write(1);
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 

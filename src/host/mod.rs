@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `events.rs` | the event loop: one thread that waits for all descriptors, timers and signals |
 //! | `character.rs` | the two rings between a character device and the event loop |
+//! | `wish.rs` | how those two wake each other only when needed |
 //! | `timer.rs` | deadlines that devices tell the event loop |
 //! | `code.rs` | the memory of code that has done its work |
 //! | `console.rs` | where the guest's console goes: stdio, a file, a pseudo-terminal, nowhere |
@@ -19,3 +20,4 @@ pub mod events;
 pub mod log;
 pub mod terminal;
 pub mod timer;
+pub(crate) mod wish;

@@ -1,17 +1,53 @@
 //! Deadlines: devices publish when they want to be called, the event loop sleeps until the earliest.
 
 use super::character::{Waker, wake};
+use crate::actors::sync::{AtomicU64, Bug, Ordering, planted};
 use crate::devices::Nanos;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 const NEVER: u64 = u64::MAX;
+
+/// Guest time; `NEVER` if none. The word stands for itself: nobody reads anything else because of what is in it. Each
+/// change is a read-modify-write, so whoever makes one knows what was there; and that a sleeping loop sees an earlier
+/// deadline is the eventfd's doing, which is written after the word and read before it. Hence `Relaxed` everywhere.
+struct Deadline(AtomicU64);
+
+impl Deadline {
+    /// For the device: another one. Calls `wake` if it is earlier than the one before.
+    fn set(&self, deadline: u64, wake: impl Fn()) {
+        if planted(Bug::WakeBeforeDeadline) && deadline < self.0.load(Ordering::Relaxed) {
+            wake();
+        }
+        let before = self.0.swap(deadline, Ordering::Relaxed);
+        if deadline < before && !planted(Bug::WakeBeforeDeadline) {
+            wake();
+        }
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// For the loop: takes it if it has come. Not if the device has changed it meanwhile.
+    fn take(&self, now: u64) -> Option<u64> {
+        let deadline = self.get();
+        if deadline == NEVER || deadline > now {
+            return None;
+        }
+        if planted(Bug::TakeBlindly) {
+            self.0.store(NEVER, Ordering::Relaxed);
+            return Some(deadline);
+        }
+        self.0
+            .compare_exchange(deadline, NEVER, Ordering::Relaxed, Ordering::Relaxed)
+            .ok()
+    }
+}
 
 /// A device's deadline, as seen by both sides.
 #[derive(Clone)]
 pub struct TimerSlot {
-    /// Guest time; `NEVER` if none.
-    deadline: Arc<AtomicU64>,
+    deadline: Arc<Deadline>,
     waker: Waker,
 }
 
@@ -19,7 +55,7 @@ impl TimerSlot {
     /// A slot without a deadline, whose event loop is woken by `waker`.
     pub fn new(waker: Waker) -> TimerSlot {
         TimerSlot {
-            deadline: Arc::new(AtomicU64::new(NEVER)),
+            deadline: Arc::new(Deadline(AtomicU64::new(NEVER))),
             waker,
         }
     }
@@ -28,16 +64,12 @@ impl TimerSlot {
     /// a later one is found when the loop wakes for the old.
     pub fn set(&self, deadline: Option<Nanos>) {
         let deadline = deadline.map_or(NEVER, |deadline| deadline.0);
-        // SeqCst, with the loop's load: either the loop sees the new deadline before it sleeps, or the eventfd
-        // (which is written after) ends its sleep.
-        if deadline < self.deadline.swap(deadline, Ordering::SeqCst) {
-            wake(&self.waker);
-        }
+        self.deadline.set(deadline, || wake(&self.waker));
     }
 
     /// For the event loop: when to wake.
     pub fn deadline(&self) -> Option<Nanos> {
-        match self.deadline.load(Ordering::SeqCst) {
+        match self.deadline.get() {
             NEVER => None,
             deadline => Some(Nanos(deadline)),
         }
@@ -45,17 +77,53 @@ impl TimerSlot {
 
     /// For the event loop: takes the deadline if it has come.
     pub fn take_due(&self, now: Nanos) -> bool {
-        let deadline = self.deadline.load(Ordering::SeqCst);
-        deadline <= now.0
-            && deadline != NEVER
-            && self
-                .deadline
-                .compare_exchange(deadline, NEVER, Ordering::SeqCst, Ordering::SeqCst)
-                .is_ok()
+        self.deadline.take(now.0).is_some()
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, loom))]
+pub(crate) mod models {
+    use super::*;
+    use crate::actors::park::Futex;
+    use loom::thread;
+
+    /// A device sets a deadline and then an earlier one; the loop sleeps until the earliest that it knows of, or until
+    /// it is woken. Time does not pass but by sleeping, and the last deadline has to be taken in the end.
+    #[test]
+    pub(crate) fn loom_no_deadline_is_slept_through() {
+        loom::model(|| {
+            let deadline = Arc::new(Deadline(AtomicU64::new(NEVER)));
+            let eventfd = Arc::new(Futex::new(0));
+            let (theirs, waker) = (deadline.clone(), eventfd.clone());
+            let device = thread::spawn(move || {
+                for at in [5, 3] {
+                    theirs.set(at, || {
+                        waker.swap(1, Ordering::AcqRel);
+                        waker.wake();
+                    });
+                }
+            });
+            loop {
+                let until = deadline.get();
+                if until == NEVER {
+                    while eventfd.load(Ordering::Relaxed) == 0 {
+                        eventfd.wait(0);
+                    }
+                    eventfd.swap(0, Ordering::AcqRel);
+                } else if deadline.take(until) == Some(3) {
+                    break;
+                } else {
+                    // What the loop has seen may be old; it does not stay so.
+                    thread::yield_now();
+                }
+            }
+            device.join().unwrap();
+            assert_eq!(deadline.get(), NEVER);
+        });
+    }
+}
+
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use vmm_sys_util::eventfd::EventFd;

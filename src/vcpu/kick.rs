@@ -18,11 +18,14 @@
 //! cannot write to an unmapped page. A recycled thread id cannot be hit: while a kicker is between its mark and its
 //! signal it is counted, and the thread does not end before the count is 0.
 //!
-//! Orderings: the kicker's read-modify-write is `Release` and the vCPU's are `Acquire`, on one word: a vCPU that
-//! sees KICKED sees the message that was posted before. Every kick is a read-modify-write even if KICKED is set
-//! already, so that a second kicker's message is covered by the same release sequence.
+//! Orderings: the kicker's read-modify-write is `Release` and the vCPU's [`KickReceiver::leave`] `Acquire`, on one word:
+//! a vCPU that sees KICKED sees the message that was posted before. Every kick is a read-modify-write even if KICKED is
+//! set already, so that a second kicker's message is covered by the same release sequence. The other way,
+//! [`KickReceiver::enter`] is `Release` and the kicker's mark `Acquire` too: who marks a stay knows the thread's id. The
+//! count of signals under way goes down with `Release` and is waited for with `Acquire`. `kick/models.rs` explores all of
+//! it, and finds each of these lost (`actors/planted.rs`).
 
-use crate::actors::sync::{Arc, AtomicU32, Ordering};
+use crate::actors::sync::{Arc, AtomicU32, Bug, Ordering, Site, at, planted};
 use std::cell::Cell;
 
 const INSIDE: u32 = 1;
@@ -69,13 +72,22 @@ impl<S: Signal> KickHandle<S> {
     pub fn kick(&self) {
         let shared = &*self.0;
         let mut seen = shared.word.load(Ordering::Relaxed);
+        if planted(Bug::SignalFirst) && seen & (INSIDE | KICKED) == INSIDE {
+            shared.signal.send();
+        }
+        if planted(Bug::MarkedAlready) && seen & KICKED != 0 {
+            return;
+        }
         let signals = loop {
             // Inside, and nobody has kicked during this stay.
-            let first = seen & (INSIDE | KICKED | GONE) == INSIDE;
-            let next = (seen | KICKED) + if first { SENDER } else { 0 };
+            let unmarked = if planted(Bug::SignalAlways) { 0 } else { KICKED };
+            let first = seen & (INSIDE | unmarked | GONE) == INSIDE && !planted(Bug::SignalFirst);
+            let counted = first && !planted(Bug::NotCounted);
+            let next = (seen | KICKED) + if counted { SENDER } else { 0 };
+            let order = at(Site::Mark, Ordering::AcqRel);
             match shared
                 .word
-                .compare_exchange_weak(seen, next, Ordering::AcqRel, Ordering::Relaxed)
+                .compare_exchange_weak(seen, next, order, Ordering::Relaxed)
             {
                 Ok(_) => break first,
                 Err(now) => seen = now,
@@ -83,8 +95,12 @@ impl<S: Signal> KickHandle<S> {
         };
         if signals {
             shared.signal.send();
-            // Release: the thread that sees the count go down may end, after the signal was sent.
-            shared.word.fetch_sub(SENDER, Ordering::Release);
+            if !planted(Bug::NotCounted) {
+                // Release: the thread that sees the count go down may end, after the signal was sent.
+                shared
+                    .word
+                    .fetch_sub(SENDER, at(Site::CountDown, Ordering::Release));
+            }
         }
     }
 }
@@ -93,7 +109,9 @@ impl<S: Signal> KickReceiver<S> {
     /// About to run the guest. `false`: do not, look into the mailbox first.
     #[inline]
     pub fn enter(&self) -> bool {
-        if self.0.word.fetch_or(INSIDE, Ordering::AcqRel) & KICKED == 0 {
+        // Not Acquire: who does not go in looks at the word once more, below.
+        let before = self.0.word.fetch_or(INSIDE, at(Site::Enter, Ordering::Release));
+        if before & KICKED == 0 || planted(Bug::EnterBlindly) {
             return true;
         }
         self.leave();
@@ -103,13 +121,18 @@ impl<S: Signal> KickReceiver<S> {
     /// Back from the guest. `true`: look into the mailbox.
     #[inline]
     pub fn leave(&self) -> bool {
-        self.0.word.fetch_and(!(INSIDE | KICKED), Ordering::AcqRel) & KICKED != 0
+        // Not Release: whoever sees that nobody is inside has nothing to do.
+        let order = at(Site::Leave, Ordering::Acquire);
+        self.0.word.fetch_and(!(INSIDE | KICKED), order) & KICKED != 0
     }
 
     /// The thread will not run the guest again. Returns when no signal to it can be on its way any more.
     pub fn gone(&self) {
-        self.0.word.fetch_or(GONE, Ordering::AcqRel);
-        while self.0.word.load(Ordering::Acquire) >= SENDER {
+        // Relaxed: the load sees this or later, and so what was released before.
+        if !planted(Bug::GoneUnsaid) {
+            self.0.word.fetch_or(GONE, Ordering::Relaxed);
+        }
+        while self.0.word.load(at(Site::Gone, Ordering::Acquire)) >= SENDER {
             #[cfg(loom)]
             loom::thread::yield_now();
             #[cfg(not(loom))]
@@ -140,7 +163,8 @@ impl Default for ThreadSignal {
 
 impl Signal for ThreadSignal {
     fn send(&self) {
-        let tid = self.tid.load(std::sync::atomic::Ordering::Acquire);
+        // Relaxed: the mark that led here saw the vCPU inside, and so what it did before it went in.
+        let tid = self.tid.load(std::sync::atomic::Ordering::Relaxed);
         // A real-time signal is queued, and the queue has a limit that other processes of the user fill too
         // (RLIMIT_SIGPENDING). A standard signal is only marked as pending and cannot fail so.
         for signal in kick_signals() {
@@ -216,7 +240,7 @@ impl ThreadSignal {
     /// The current thread is the one to signal.
     pub fn bind_thread(&self) {
         let tid = nix::unistd::gettid().as_raw();
-        self.tid.store(tid, std::sync::atomic::Ordering::Release);
+        self.tid.store(tid, std::sync::atomic::Ordering::Relaxed);
     }
 }
 
@@ -228,92 +252,4 @@ impl KickReceiver<ThreadSignal> {
 }
 
 #[cfg(all(test, loom))]
-mod models {
-    use super::*;
-    use crate::actors::park::Futex;
-    use loom::sync::atomic::AtomicU32 as Shared;
-    use loom::thread;
-
-    /// Stands for "interrupted": the guest's stay ends when it is set.
-    struct Flag {
-        interrupted: Arc<Futex>,
-        /// Whether the thread that is signalled exists: its id may be another's afterwards.
-        alive: Arc<Futex>,
-    }
-
-    impl Signal for Flag {
-        fn send(&self) {
-            assert_eq!(
-                self.alive.load(Ordering::SeqCst),
-                1,
-                "a signal to a thread that has ended"
-            );
-            self.interrupted.store(1, Ordering::SeqCst);
-            self.interrupted.wake();
-        }
-    }
-
-    /// Runs a guest that never leaves by itself until it has seen `wanted` messages.
-    fn run_until(
-        receiver: &KickReceiver<Flag>,
-        (flag, alive): &(Arc<Futex>, Arc<Futex>),
-        mailbox: &Shared,
-        wanted: u32,
-    ) {
-        loop {
-            if receiver.enter() {
-                while flag.load(Ordering::SeqCst) == 0 {
-                    flag.wait(0);
-                }
-                receiver.leave();
-                flag.store(0, Ordering::SeqCst);
-            }
-            // Relaxed on purpose: the kick alone must make the message visible.
-            if mailbox.load(Ordering::Relaxed) == wanted {
-                receiver.gone();
-                alive.store(0, Ordering::SeqCst);
-                return;
-            }
-        }
-    }
-
-    #[test]
-    fn loom_a_kick_is_never_lost() {
-        loom::model(|| {
-            let (interrupted, alive) = (Arc::new(Futex::new(0)), Arc::new(Futex::new(1)));
-            let flag = (interrupted.clone(), alive.clone());
-            let (handle, receiver) = kick(Flag { interrupted, alive });
-            let mailbox = Arc::new(Shared::new(0));
-            let inbox = mailbox.clone();
-            let vcpu = thread::spawn(move || run_until(&receiver, &flag, &inbox, 1));
-            mailbox.store(1, Ordering::Relaxed);
-            handle.kick();
-            vcpu.join().unwrap();
-            // After it is gone: no signal, no harm.
-            handle.kick();
-        });
-    }
-
-    #[test]
-    fn loom_two_kickers_are_both_heard() {
-        let mut builder = loom::model::Builder::new();
-        builder.preemption_bound = Some(3);
-        builder.check(|| {
-            let (interrupted, alive) = (Arc::new(Futex::new(0)), Arc::new(Futex::new(1)));
-            let flag = (interrupted.clone(), alive.clone());
-            let (handle, receiver) = kick(Flag { interrupted, alive });
-            let mailbox = Arc::new(Shared::new(0));
-            let inbox = mailbox.clone();
-            let vcpu = thread::spawn(move || run_until(&receiver, &flag, &inbox, 2));
-            let (other, outbox) = (handle.clone(), mailbox.clone());
-            let kicker = thread::spawn(move || {
-                outbox.fetch_add(1, Ordering::Relaxed);
-                other.kick();
-            });
-            mailbox.fetch_add(1, Ordering::Relaxed);
-            handle.kick();
-            kicker.join().unwrap();
-            vcpu.join().unwrap();
-        });
-    }
-}
+pub(crate) mod models;
