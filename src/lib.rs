@@ -22,6 +22,7 @@ pub mod boot;
 pub mod cli;
 pub mod clock;
 pub mod devices;
+pub mod gdb;
 pub mod guests;
 pub mod host;
 pub mod machine;

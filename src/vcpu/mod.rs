@@ -13,6 +13,7 @@
 //! was kicked. A READY or PAUSED one sleeps on its mailbox. What happens to it goes to the machine as [`VcpuNews`].
 
 pub mod backend;
+pub mod debug;
 pub mod exit;
 pub mod kick;
 pub mod kvm;
