@@ -42,6 +42,7 @@ fn config(cpus: usize) -> MachineConfig {
         debug_console: ConsoleKind::Off,
         delay: None,
         timeout: Some(LIMIT),
+        gdb: None,
         on_reset: OnReset::Exit,
     }
 }
@@ -273,6 +274,7 @@ fn a_guest_reboots_a_hundred_times_in_place() {
         at: 0,
     };
     let config = MachineConfig {
+        gdb: None,
         on_reset: OnReset::Reset,
         console: ConsoleKind::File(file.0.clone()),
         ..config(1)

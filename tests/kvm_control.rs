@@ -44,6 +44,7 @@ impl Machine {
     fn start(name: &str, guest: &str, cpus: usize, change: impl FnOnce(&mut MachineConfig)) -> Machine {
         let console = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("kvm-control-{name}.txt"));
         let mut config = MachineConfig {
+            gdb: None,
             guest: cases::by_name(guest).unwrap(),
             cpus,
             memory: MemoryConfig {

@@ -402,6 +402,7 @@ fn machine_of_one(name: &str, irqchip: bool) -> (Vm, kvm_ioctls::VcpuFd, Machine
         debug_console: ConsoleKind::Off,
         delay: None,
         timeout: Some(Duration::from_millis(300)),
+        gdb: None,
         on_reset: OnReset::Exit,
     };
     let memory = memory::create(&config.memory).unwrap();

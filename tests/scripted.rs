@@ -148,6 +148,7 @@ fn run_sources<S: Source + 'static, L: Lines<Error = StartError>>(sources: Vec<S
         debug_console: ConsoleKind::Off,
         delay: None,
         timeout: Some(given.timeout),
+        gdb: None,
         on_reset: OnReset::Exit,
     };
     let (log, lines) = kept_log();

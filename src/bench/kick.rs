@@ -236,7 +236,7 @@ fn be_actor(backend: Lent, inbox: VcpuInbox) -> Result<u64, Failure> {
         match what {
             VcpuEvent::Stopped(_) => return Ok(now),
             VcpuEvent::Halted(end) => return Err(Failure::Guest(format!("{end:?}"))),
-            VcpuEvent::Ready | VcpuEvent::Paused | VcpuEvent::Reset(_) => {}
+            VcpuEvent::Ready | VcpuEvent::Paused | VcpuEvent::Reset(_) | VcpuEvent::Debug(_) => {}
         }
     }
     Err(Failure::Guest("its vCPU ended without a word".into()))

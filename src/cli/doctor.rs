@@ -2,6 +2,7 @@
 //!
 //! It does not believe flags alone: it runs small guests, and looks what becomes of them.
 
+use crate::gdb::probe;
 use crate::guests::probes::{INSTRUCTIONS, NOTHING, Probe};
 use crate::host::console::ConsoleKind;
 use crate::machine::dispatch::Dispatch;
@@ -43,6 +44,7 @@ fn try_probe(probe: &Probe) -> Verdict {
         debug_console: ConsoleKind::Off,
         delay: None,
         timeout: Some(PROBE_LIMIT),
+        gdb: None,
         on_reset: OnReset::Exit,
     };
     match supervisor::run(&config, &Logger::root(Discard, o!())) {
@@ -162,6 +164,27 @@ pub fn run() -> u8 {
             }
             Verdict::Interrupted(status) => return status,
         }
+    }
+    match probe::abilities() {
+        Ok(abilities) => {
+            for (mode, m) in [
+                ("kernel", abilities.kernel),
+                ("user", abilities.user),
+                ("real", abilities.real),
+            ] {
+                for (name, works, what) in [
+                    ("int3", m.int3, "a software breakpoint"),
+                    ("port trap", m.port, "the same where int3 does not work"),
+                    ("debug register, code", m.hardware, "a hardware breakpoint"),
+                    ("debug register, data", m.watch, "a watchpoint"),
+                    ("single step", m.step, "stepi"),
+                ] {
+                    let word = if works { "yes" } else { "no" };
+                    println!("{name:<27} {word:<4} for gdb in {mode} mode: {what}");
+                }
+            }
+        }
+        Err(error) => println!("{:<27} no   {}", "gdb", super::chain(&error)),
     }
     if !failed.is_empty() {
         println!(

@@ -5,6 +5,7 @@ pub mod doctor;
 
 use crate::actors::PlacementKind;
 use crate::boot::{BootConfig, BootProtocol, Unpack};
+use crate::gdb::server::GdbConfig;
 use crate::host::console::ConsoleKind;
 use crate::host::{log as hostlog, terminal};
 use crate::machine::dispatch::Dispatch;
@@ -91,6 +92,10 @@ struct Run {
     /// How much is told on stderr
     #[arg(long, value_enum, default_value_t = LogLevel::Info)]
     log_level: LogLevel,
+    /// Lets a gdb connect, at a port of the loopback interface (0: any that is free) or a Unix socket; with ,wait the
+    /// machine stands before its first instruction until gdb lets it go
+    #[arg(long, value_name = "PORT|PATH[,wait]")]
+    gdb: Option<GdbConfig>,
     /// What becomes of the machine when the guest asks for a reset
     #[arg(long, value_enum, value_name = "WHAT", default_value_t = ResetBy::Exit)]
     on_reset: ResetBy,
@@ -214,6 +219,7 @@ impl Run {
             debug_console: self.debug_console.clone(),
             delay: self.delay_port,
             timeout: self.timeout,
+            gdb: self.gdb.clone(),
             on_reset: match self.on_reset {
                 ResetBy::Exit => OnReset::Exit,
                 ResetBy::Reset => OnReset::Reset,
@@ -364,6 +370,8 @@ mod tests {
             &["run", "--kernel", "k", "--console", "tcp:1"],
             &["run", "--kernel", "k", "--timeout", "0"],
             &["run", "--kernel", "k", "--timeout", "nan"],
+            &["run", "--demo", "--gdb", "65536"],
+            &["run", "--demo", "--gdb", ""],
             &["run", "--kernel", "k", "--demo"],
             &["run", "--demo", "--initrd", "i"],
             &["fly"],

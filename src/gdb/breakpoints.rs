@@ -11,7 +11,7 @@
 use crate::vcpu::debug::{TRAP_PORT, Watch};
 use std::sync::Arc;
 
-/// What one privilege level of this host's guests is stopped by. Found out by `probe.rs`.
+/// What a guest in one of its modes is stopped by on this host. Found out by `probe.rs`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Mechanisms {
     /// One instruction at a time.
@@ -22,8 +22,19 @@ pub struct Mechanisms {
     pub watch: bool,
     /// int3, whichever way it is told.
     pub int3: bool,
-    /// A port write. Not in user mode, which may not.
+    /// A port write. Not in user mode, where it hangs on the guest's own permissions.
     pub port: bool,
+}
+
+/// The modes that hosts treat differently.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum GuestMode {
+    /// CR0.PE is 0.
+    Real,
+    /// Any other of rings 0 to 2.
+    Kernel,
+    /// Ring 3.
+    User,
 }
 
 /// What this host can.
@@ -33,8 +44,31 @@ pub struct Abilities {
     pub kernel: Mechanisms,
     /// In a guest's user mode.
     pub user: Mechanisms,
+    /// In real mode.
+    pub real: Mechanisms,
     /// No interrupts while it steps (KVM_GUESTDBG_BLOCKIRQ).
     pub hold_interrupts: bool,
+}
+
+impl Abilities {
+    /// In a mode.
+    pub fn of(&self, mode: GuestMode) -> &Mechanisms {
+        match mode {
+            GuestMode::Real => &self.real,
+            GuestMode::Kernel => &self.kernel,
+            GuestMode::User => &self.user,
+        }
+    }
+
+    /// In any mode.
+    fn any(&self, has: fn(&Mechanisms) -> bool) -> bool {
+        [&self.kernel, &self.user, &self.real].into_iter().any(has)
+    }
+
+    /// Data can be watched by debug registers.
+    pub fn has_watch(&self) -> bool {
+        self.any(|mechanisms| mechanisms.watch)
+    }
 }
 
 /// Why a breakpoint cannot be.
@@ -103,8 +137,9 @@ pub struct Place {
     pub linear: u64,
     /// Where that is.
     pub physical: u64,
-    /// User mode may execute it.
-    pub user: bool,
+    /// Whose code it is. A page that user mode may use counts as user mode's: it may hold kernel code, but a breakpoint
+    /// that the guest's user mode would not survive is worse than none.
+    pub mode: GuestMode,
     /// Bytes to the end of the page.
     pub left: u64,
 }
@@ -152,13 +187,7 @@ impl Breakpoints {
         if self.slots.contains(&Some(execute)) || self.planted.iter().any(|p| p.linear == place.linear) {
             return Ok(None);
         }
-        // A page of user mode's may hold kernel code; but a breakpoint that user mode's code would not survive is worse
-        // than none.
-        let here = if place.user {
-            self.abilities.user
-        } else {
-            self.abilities.kernel
-        };
+        let here = *self.abilities.of(place.mode);
         if here.int3 {
             return self.plant(place, memory, INT3).map(Some);
         }
@@ -236,7 +265,7 @@ impl Breakpoints {
     /// # Errors
     /// See [`Refusal`].
     pub fn add_hardware(&mut self, linear: u64) -> Result<(), Refusal> {
-        if !self.abilities.kernel.hardware && !self.abilities.user.hardware {
+        if !self.abilities.any(|mechanisms| mechanisms.hardware) {
             return Err(Refusal::NoMechanism);
         }
         self.load(Slot::Execute {
@@ -250,10 +279,10 @@ impl Breakpoints {
     /// # Errors
     /// See [`Refusal`].
     pub fn add_watch(&mut self, linear: u64, length: u64, what: WatchFor) -> Result<(), Refusal> {
-        if !self.abilities.kernel.watch && !self.abilities.user.watch {
+        if !self.abilities.has_watch() {
             return Err(Refusal::NoMechanism);
         }
-        if !matches!(length, 1 | 2 | 4 | 8) || linear % length != 0 {
+        if !matches!(length, 1 | 2 | 4 | 8) || !linear.is_multiple_of(length) {
             return Err(Refusal::NoSuchWatch);
         }
         self.load(Slot::Data { linear, length, what })
@@ -375,265 +404,4 @@ impl Breakpoints {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::cell::RefCell;
-
-    const ALL: Mechanisms = Mechanisms {
-        step: true,
-        hardware: true,
-        watch: true,
-        int3: true,
-        port: true,
-    };
-    const NO_INT3: Mechanisms = Mechanisms { int3: false, ..ALL };
-    const PORT_ONLY: Mechanisms = Mechanisms {
-        step: true,
-        hardware: false,
-        watch: false,
-        int3: false,
-        port: true,
-    };
-
-    fn table(kernel: Mechanisms) -> Breakpoints {
-        Breakpoints::new(Abilities {
-            kernel,
-            user: Mechanisms::default(),
-            hold_interrupts: false,
-        })
-    }
-
-    fn place(linear: u64, physical: u64) -> Place {
-        Place {
-            linear,
-            physical,
-            user: false,
-            left: 0x1000 - (physical & 0xfff),
-        }
-    }
-
-    /// Memory that patches are applied to.
-    struct Memory(RefCell<[u8; 16]>);
-
-    impl Memory {
-        fn new() -> Memory {
-            Memory(RefCell::new(*b"0123456789abcdef"))
-        }
-
-        fn read(&self, physical: u64, length: usize) -> Option<Vec<u8>> {
-            let memory = self.0.borrow();
-            memory
-                .get(physical as usize..physical as usize + length)
-                .map(Into::into)
-        }
-
-        fn apply(&self, patch: &Patch) {
-            let at = patch.physical as usize;
-            self.0.borrow_mut()[at..at + patch.bytes.len()].copy_from_slice(&patch.bytes);
-        }
-
-        fn seen(&self, table: &Breakpoints) -> String {
-            let mut data = *self.0.borrow();
-            table.hide(0, &mut data);
-            String::from_utf8_lossy(&data).into_owned()
-        }
-    }
-
-    fn add(table: &mut Breakpoints, memory: &Memory, place: Place) -> Result<bool, Refusal> {
-        let there = memory.read(place.physical, 2).unwrap_or_default();
-        let patch = table.add_software(place, &there)?;
-        if let Some(patch) = &patch {
-            memory.apply(patch);
-        }
-        Ok(patch.is_some())
-    }
-
-    fn remove(table: &mut Breakpoints, memory: &Memory, linear: u64) -> bool {
-        let Some(patch) = table.remove_software(linear, |at, length| memory.read(at, length)) else {
-            return false;
-        };
-        if let Some(patch) = patch {
-            memory.apply(&patch);
-        }
-        true
-    }
-
-    #[test]
-    fn int3_is_planted_hidden_and_taken_out() {
-        let (mut table, memory) = (table(ALL), Memory::new());
-        assert_eq!(add(&mut table, &memory, place(0xf003, 3)), Ok(true));
-        assert_eq!(
-            add(&mut table, &memory, place(0xf003, 3)),
-            Ok(false),
-            "twice is once"
-        );
-        assert_eq!(memory.0.borrow()[3], 0xcc);
-        assert_eq!(memory.seen(&table), "0123456789abcdef");
-        assert_eq!(table.watch().planted[..], [0xf003]);
-        assert!(!table.is_empty());
-        assert!(remove(&mut table, &memory, 0xf003));
-        assert!(!remove(&mut table, &memory, 0xf003));
-        assert_eq!(memory.0.borrow()[..], *b"0123456789abcdef");
-        assert!(table.is_empty());
-    }
-
-    #[test]
-    fn what_is_planted_survives_writes_and_shows_them() {
-        let (mut table, memory) = (table(ALL), Memory::new());
-        add(&mut table, &memory, place(3, 3)).unwrap();
-        let kept = table.keep(2, b"XYZ");
-        assert_eq!(kept, [b'X', 0xcc, b'Z']);
-        memory.apply(&Patch {
-            physical: 2,
-            bytes: kept,
-        });
-        assert_eq!(memory.seen(&table), "01XYZ56789abcdef");
-        remove(&mut table, &memory, 3);
-        assert_eq!(&memory.0.borrow()[..6], b"01XYZ5");
-    }
-
-    #[test]
-    fn what_the_guest_wrote_over_it_stays() {
-        let (mut table, memory) = (table(ALL), Memory::new());
-        add(&mut table, &memory, place(3, 3)).unwrap();
-        memory.0.borrow_mut()[3] = b'!';
-        assert_eq!(memory.seen(&table), "012!456789abcdef");
-        remove(&mut table, &memory, 3);
-        assert_eq!(memory.0.borrow()[3], b'!');
-    }
-
-    #[test]
-    fn two_linear_addresses_of_one_byte_are_two_breakpoints() {
-        let (mut table, memory) = (table(ALL), Memory::new());
-        add(&mut table, &memory, place(0x1003, 3)).unwrap();
-        let hidden: Vec<u8> = memory.seen(&table).into_bytes();
-        let patch = table.add_software(place(0x2003, 3), &hidden[3..5]).unwrap();
-        memory.apply(&patch.unwrap());
-        assert_eq!(table.watch().planted[..], [0x1003, 0x2003]);
-        remove(&mut table, &memory, 0x1003);
-        assert_eq!(memory.0.borrow()[3], 0xcc);
-        remove(&mut table, &memory, 0x2003);
-        assert_eq!(memory.0.borrow()[3], b'3');
-    }
-
-    #[test]
-    fn without_int3_debug_registers_and_then_the_port() {
-        let (mut table, memory) = (table(NO_INT3), Memory::new());
-        for n in 0..4 {
-            assert_eq!(add(&mut table, &memory, place(n, n)), Ok(false));
-        }
-        assert_eq!(add(&mut table, &memory, place(8, 8)), Ok(true));
-        assert_eq!(memory.0.borrow()[8..10], [0xe6, TRAP_PORT]);
-        assert_eq!(
-            add(&mut table, &memory, place(9, 9)),
-            Err(Refusal::NoRoom),
-            "its second byte is another's"
-        );
-        assert_eq!(memory.seen(&table), "0123456789abcdef");
-        assert!(remove(&mut table, &memory, 2));
-        assert_eq!(add(&mut table, &memory, place(9, 9)), Ok(false));
-        assert_eq!(
-            table.slot(0b0100),
-            Some(Slot::Execute {
-                linear: 9,
-                software: true
-            })
-        );
-    }
-
-    #[test]
-    fn the_ports_instruction_needs_two_bytes_of_one_page() {
-        let (mut table, memory) = (table(PORT_ONLY), Memory::new());
-        let last = Place {
-            left: 1,
-            ..place(5, 5)
-        };
-        assert_eq!(add(&mut table, &memory, last), Err(Refusal::NoRoom));
-        assert_eq!(add(&mut table, &memory, place(15, 15)), Err(Refusal::NoMemory));
-    }
-
-    #[test]
-    fn user_code_is_left_alone_where_its_breakpoints_do_not_work() {
-        let step_only = Mechanisms {
-            step: true,
-            ..Mechanisms::default()
-        };
-        let mut table = Breakpoints::new(Abilities {
-            kernel: ALL,
-            user: step_only,
-            hold_interrupts: false,
-        });
-        let user = Place {
-            user: true,
-            ..place(1, 1)
-        };
-        assert_eq!(table.add_software(user, b"xy"), Err(Refusal::NoMechanism));
-        assert!(table.add_software(place(1, 1), b"xy").unwrap().is_some());
-    }
-
-    #[test]
-    fn debug_registers_by_the_book() {
-        let mut table = table(ALL);
-        table.add_hardware(0x1000).unwrap();
-        table.add_watch(0x2008, 8, WatchFor::Writes).unwrap();
-        table.add_watch(0x3004, 4, WatchFor::Accesses).unwrap();
-        table.add_watch(0x4002, 2, WatchFor::Writes).unwrap();
-        let watch = table.watch();
-        assert_eq!(watch.addresses, [0x1000, 0x2008, 0x3004, 0x4002]);
-        // Lengths and conditions, from DR3 to DR0: 01 01, 11 11, 10 01, 00 00.
-        assert_eq!(watch.dr7 >> 16, 0b0101_1111_1001_0000);
-        assert_eq!(watch.dr7 & 0xff, 0b1010_1010);
-        assert_eq!(table.add_hardware(0x1000), Ok(()), "twice is once");
-        assert_eq!(table.add_hardware(0x5000), Err(Refusal::Full));
-        assert!(table.remove(Slot::Data {
-            linear: 0x2008,
-            length: 8,
-            what: WatchFor::Writes
-        }));
-        assert!(!table.remove(Slot::Data {
-            linear: 0x2008,
-            length: 8,
-            what: WatchFor::Writes
-        }));
-        assert_eq!(table.add_hardware(0x5000), Ok(()));
-        assert_eq!(table.watch().addresses[1], 0x5000);
-    }
-
-    #[test]
-    fn watches_that_no_debug_register_has() {
-        let mut table = table(ALL);
-        for (linear, length) in [(0, 0), (0, 3), (0, 16), (2, 4), (4, 8)] {
-            assert_eq!(
-                table.add_watch(linear, length, WatchFor::Writes),
-                Err(Refusal::NoSuchWatch)
-            );
-        }
-    }
-
-    #[test]
-    fn what_the_host_does_not_honour_is_refused() {
-        let mut table = table(Mechanisms {
-            step: true,
-            ..Mechanisms::default()
-        });
-        assert_eq!(table.add_software(place(1, 1), b"xy"), Err(Refusal::NoMechanism));
-        assert_eq!(table.add_hardware(1), Err(Refusal::NoMechanism));
-        assert_eq!(table.add_watch(8, 8, WatchFor::Writes), Err(Refusal::NoMechanism));
-        assert!(table.is_empty());
-    }
-
-    #[test]
-    fn clearing_leaves_the_guest_as_it_was() {
-        let (mut table, memory) = (table(ALL), Memory::new());
-        for n in [1, 5, 9] {
-            add(&mut table, &memory, place(n, n)).unwrap();
-        }
-        table.add_hardware(0).unwrap();
-        for patch in table.clear(|at, length| memory.read(at, length)) {
-            memory.apply(&patch);
-        }
-        assert_eq!(memory.0.borrow()[..], *b"0123456789abcdef");
-        assert!(table.is_empty());
-        assert_eq!(table.watch().dr7, 0);
-    }
-}
+mod tests;

@@ -1,7 +1,7 @@
 //! One gdb's session: gdbstub's state machine, fed with what gdb sends and with what vCPUs tell. Without a descriptor
 //! or a clock of its own.
 
-use super::target::{Debuggee, Debugged, Ended};
+use super::target::{Debugged, Debuggee, Ended};
 use crate::vcpu::debug::DebugStop;
 use gdbstub::common::Signal;
 use gdbstub::conn::Connection;
@@ -47,18 +47,23 @@ impl<'d, M: Debuggee, C: Connection<Error: Display>> Session<'d, M, C> {
         })
     }
 
+    /// The machine.
+    pub fn machine(&mut self) -> &mut M {
+        &mut self.target.machine
+    }
+
     /// What gdb sent.
     ///
     /// # Errors
     /// How it is over.
     pub fn received(&mut self, bytes: &[u8]) -> Result<(), Over> {
         for byte in bytes {
-            let stub = match self.take()? {
-                GdbStubStateMachine::Idle(stub) => stub.incoming_data(self.target, *byte),
-                GdbStubStateMachine::Running(stub) => stub.incoming_data(self.target, *byte),
-                other => Ok(other),
+            let (stub, waits) = match self.take()? {
+                GdbStubStateMachine::Idle(stub) => (stub.incoming_data(self.target, *byte), false),
+                GdbStubStateMachine::Running(stub) => (stub.incoming_data(self.target, *byte), true),
+                other => (Ok(other), false),
             };
-            self.proceed(stub)?;
+            self.proceed(stub, waits)?;
         }
         Ok(())
     }
@@ -98,18 +103,21 @@ impl<'d, M: Debuggee, C: Connection<Error: Display>> Session<'d, M, C> {
             }
             other => Ok(other),
         };
-        self.proceed(stub)
+        self.proceed(stub, false)
     }
 
-    /// What follows from a step of the protocol, without waiting for more.
-    fn proceed<E: Display>(&mut self, stub: Result<Stub<M, C>, E>) -> Result<(), Over> {
+    /// What follows from a step of the protocol, without waiting for more. `waits`: gdb waits for a stop.
+    fn proceed<E: Display>(&mut self, stub: Result<Stub<M, C>, E>, waits: bool) -> Result<(), Over> {
         let stub = stub.map_err(|error| Over::Failed(error.to_string()))?;
         match stub {
-            GdbStubStateMachine::CtrlCInterrupt(stub) => {
+            GdbStubStateMachine::CtrlCInterrupt(mut stub) => {
                 self.target.halt().map_err(|Ended| Over::Ended)?;
+                if waits {
+                    tell(stub.borrow_conn(), &mut self.target.notices);
+                }
                 let reason = self.target.signal(Signal::SIGINT);
                 let next = stub.interrupt_handled(self.target, Some(reason));
-                self.proceed(next)
+                self.proceed(next, false)
             }
             GdbStubStateMachine::Disconnected(stub) => Err(match stub.get_reason() {
                 DisconnectReason::Kill => Over::Kill,
@@ -132,7 +140,11 @@ impl<'d, M: Debuggee, C: Connection<Error: Display>> Session<'d, M, C> {
 fn tell<C: Connection>(connection: &mut C, notices: &mut Vec<String>) {
     for notice in notices.drain(..) {
         let body: String = std::iter::once("O".to_string())
-            .chain(format!("actor-vmm: {notice}\n").bytes().map(|byte| format!("{byte:02x}")))
+            .chain(
+                format!("actor-vmm: {notice}\n")
+                    .bytes()
+                    .map(|byte| format!("{byte:02x}")),
+            )
             .collect();
         let sum = body.bytes().fold(0u8, u8::wrapping_add);
         // Who cannot be told is gone, which the next packet finds.

@@ -3,7 +3,7 @@
 //! Owns: the breakpoints, and what is known of each vCPU while the machine stands. Nothing here waits for anybody but
 //! through [`Debuggee`].
 
-use super::breakpoints::{Abilities, Breakpoints, Mechanisms, Patch, Place, Refusal, Slot, WatchFor};
+use super::breakpoints::{Abilities, Breakpoints, GuestMode, Patch, Place, Refusal, Slot, WatchFor};
 use super::registers::{GdbRegister, GdbRegisters, X86_64System};
 use super::walk::{Paging, Physical};
 use crate::vcpu::debug::{Activity, Arming, CpuState, DebugStop, Mode, Watch};
@@ -222,7 +222,11 @@ impl<M: Debuggee> Debugged<M> {
         let taken = self.machine.set_cpu(vcpu, &cpu);
         // What the processor made of it is asked for anew.
         self.known[vcpu] = None;
-        if taken { Ok(()) } else { Err(TargetError::Errno(EINVAL)) }
+        if taken {
+            Ok(())
+        } else {
+            Err(TargetError::Errno(EINVAL))
+        }
     }
 
     fn apply(&mut self, patches: impl IntoIterator<Item = Patch>) -> bool {
@@ -239,12 +243,17 @@ impl<M: Debuggee> Debugged<M> {
         let others = (0..self.known.len()).filter(|vcpu| *vcpu != self.current);
         let order: Vec<usize> = std::iter::once(self.current).chain(others).collect();
         order.into_iter().find_map(|vcpu| {
-            let paging = Paging::of_cpu(self.cpu(vcpu)?);
+            let cpu = self.cpu(vcpu)?;
+            let (paging, real) = (Paging::of_cpu(cpu), cpu.is_real_mode());
             let there = paging.translate(&self.machine, linear)?;
             Some(Place {
                 linear,
                 physical: there.physical,
-                user: there.user,
+                mode: match (real, there.user) {
+                    (true, _) => GuestMode::Real,
+                    (false, true) => GuestMode::User,
+                    (false, false) => GuestMode::Kernel,
+                },
                 left: there.left,
             })
         })
@@ -266,29 +275,29 @@ impl<M: Debuggee> Debugged<M> {
             Ok(()) => Ok(true),
             Err(refusal) => {
                 warn!(self.log, "gdb: no {what} at {linear:#x}: {refusal}");
-                Err(TargetError::Errno(if refusal == Refusal::NoMemory { EFAULT } else { EINVAL }))
+                Err(TargetError::Errno(if refusal == Refusal::NoMemory {
+                    EFAULT
+                } else {
+                    EINVAL
+                }))
             }
-        }
-    }
-
-    fn here(&self, cpu: &CpuState) -> Mechanisms {
-        if cpu.ring() == 3 {
-            self.abilities.user
-        } else {
-            self.abilities.kernel
         }
     }
 
     /// Whether the host can execute one instruction where this vCPU is; if not, gdb's user is told.
     fn can_step(&mut self, vcpu: usize) -> bool {
-        let Some(cpu) = self.cpu(vcpu).map(|cpu| cpu.clone()) else {
+        let Some(cpu) = self.cpu(vcpu) else {
             return true;
         };
-        let can = self.here(&cpu).step;
+        let (mode, name) = match (cpu.is_real_mode(), cpu.ring()) {
+            (true, _) => (GuestMode::Real, "real"),
+            (false, 3) => (GuestMode::User, "user"),
+            (false, _) => (GuestMode::Kernel, "kernel"),
+        };
+        let can = self.abilities.of(mode).step;
         if !can {
             self.notices.push(format!(
-                "vcpu{vcpu} does not step: this host's KVM cannot step a guest's {} mode",
-                if cpu.ring() == 3 { "user" } else { "kernel" }
+                "vcpu{vcpu} does not step: this host's KVM cannot step a guest's {name} mode"
             ));
         }
         can
@@ -389,7 +398,9 @@ impl<M: Debuggee> MultiThreadBase for Debugged<M> {
 
     fn support_thread_extra_info(&mut self) -> Option<ThreadExtraInfoOps<'_, Self>> {
         // `thread_extra_info` may only look.
-        (0..self.known.len()).for_each(|vcpu| drop(self.cpu(vcpu).is_some()));
+        for vcpu in 0..self.known.len() {
+            let _ = self.cpu(vcpu);
+        }
         Some(self)
     }
 }
@@ -466,8 +477,9 @@ impl<M: Debuggee> MultiThreadResume for Debugged<M> {
                 watch: Some(watch.clone()),
             };
             if !self.machine.arm(vcpu, arming) {
-                self.notices
-                    .push(format!("vcpu{vcpu} goes on without breakpoints: it does not take them"));
+                self.notices.push(format!(
+                    "vcpu{vcpu} goes on without breakpoints: it does not take them"
+                ));
             }
         }
         self.known.fill(None);
@@ -500,9 +512,9 @@ impl<M: Debuggee> BreakpointKinds for Debugged<M> {
         Some(self)
     }
 
-    // Where the host has no watchpoints gdb is not offered any: it then watches by stepping, slow but right.
+    // Where the host has no watchpoints gdb is not offered any.
     fn support_hw_watchpoint(&mut self) -> Option<HwWatchpointOps<'_, Self>> {
-        if self.abilities.kernel.watch || self.abilities.user.watch {
+        if self.abilities.has_watch() {
             Some(self)
         } else {
             None

@@ -8,6 +8,7 @@
 //! not offered), UNKNOWN and FAIL_ENTRY (need a broken host or broken registers), IRQ_WINDOW_OPEN and IOAPIC_EOI (need
 //! interrupt controllers outside of KVM), DEBUG (needs KVM_SET_GUEST_DEBUG).
 
+use super::debug::debug;
 use super::probes;
 use super::runtime64::runtime64;
 use super::{LOAD_ADDRESS, image};
@@ -1049,6 +1050,7 @@ cases! {
         "serial_echo", "serial_transmit", "smp_xapic", "smp_x2apic", "smp_broadcast",
         "churn", "reset_acpi", "debug_exit", "pvpanic", "triple_fault",
         "spin", "halted", "port_loop", "memory_loop", "chatter", "spin_smp";
+    debug Flat64: "debug";
 }
 
 /// The guest with this name: one of [`CASES`], or `probe_` and the name of a probe.

@@ -6,6 +6,7 @@
 //! | `demo.rs` | the guest of `actor-vmm run --demo` |
 //! | `cases.rs` | test guests, one for each thing that a guest can do to the machine |
 //! | `meter.rs` | the measuring guest of `actor-vmm bench` |
+//! | `debug.rs` | the guest that the tests of the gdb server debug |
 //! | `runtime64.rs` | what 64-bit guests share: printing, interrupts, starting processors |
 //!
 //! All of them stay within what a KVM that interprets ring 0 knows: integer, string, control-register and MSR
@@ -13,6 +14,8 @@
 
 #[doc(hidden)]
 pub mod cases;
+#[doc(hidden)]
+pub mod debug;
 pub mod demo;
 pub mod meter;
 pub mod probes;

@@ -10,7 +10,7 @@ use super::conductor::{Conductor, Effect, Pending};
 use super::dispatch::{Control, Discipline};
 use super::outcome::Outcome;
 use super::platform::Platform;
-use super::request::{Answer, Command, Reply, Request};
+use super::request::{Answer, Command, MachineAddress, Reply, Request};
 use super::state::{State, Transition};
 use super::supervisor::OnReset;
 use super::{MachineMessage, Reloaded};
@@ -18,6 +18,7 @@ use crate::actors::Lifecycle;
 use crate::boot::EntryPoint;
 use crate::clock::Clock;
 use crate::devices::MachineRequest;
+use crate::gdb::server::{self as gdb, GdbHandle};
 use crate::host::character::{Waker, wake};
 use crate::host::events::{EventLoopHandle, HostEvent};
 use crate::vcpu::backend::Backend;
@@ -86,6 +87,7 @@ pub(super) struct Machine {
     on_reset: OnReset,
     guest_wants_reset: bool,
     published: Arc<AtomicU8>,
+    debugger: Option<GdbHandle>,
     log: Logger,
 }
 
@@ -131,6 +133,7 @@ impl Machine {
             on_reset: parts.on_reset,
             guest_wants_reset: false,
             published: parts.published,
+            debugger: None,
             log: parts.log,
         }
     }
@@ -174,6 +177,14 @@ impl Machine {
         Ok(())
     }
 
+    /// Lets a debugger at the vCPUs, which are ready and have not started.
+    pub(super) fn debug_by(&mut self, server: gdb::Server) -> std::io::Result<()> {
+        let Some(sender) = &self.sender else { return Ok(()) };
+        let vcpus = self.vcpus.iter().map(|vcpu| vcpu.handle.clone()).collect();
+        self.debugger = Some(server.start(MachineAddress(sender.clone()), vcpus, &self.log)?);
+        Ok(())
+    }
+
     fn go(&mut self, transition: Transition) {
         let before = self.conductor.state();
         if let Err(refused) = self.conductor.go(transition) {
@@ -212,6 +223,9 @@ impl Machine {
         if let Outcome::InternalError(diagnosis) = &outcome {
             self.go(Transition::Fail);
             crit!(self.log, "{diagnosis}");
+        }
+        if let Some(debugger) = self.debugger.take() {
+            debugger.end(outcome.status());
         }
         let patience = match outcome {
             Outcome::PoweredOff | Outcome::GuestExit(_) | Outcome::Reset => PATIENT_OUTPUT_LIMIT,
@@ -281,6 +295,11 @@ impl Machine {
                 VcpuEvent::Reset(Ok(())) => self.conductor.vcpu_reset(vcpu),
                 VcpuEvent::Reset(Err(error)) => {
                     return Some(self.reset_failed(format!("vcpu{vcpu}: {}", chain(&error))));
+                }
+                VcpuEvent::Debug(stop) => {
+                    if let Some(debugger) = &self.debugger {
+                        debugger.stopped(vcpu, stop);
+                    }
                 }
                 VcpuEvent::Ready | VcpuEvent::Stopped(_) => {}
             },

@@ -88,7 +88,7 @@ pub struct Inbox {
 
 /// Where a machine can be reached by whoever controls it.
 #[derive(Clone)]
-pub struct MachineAddress(Sender<MachineMessage>);
+pub struct MachineAddress(pub(super) Sender<MachineMessage>);
 
 impl Inbox {
     /// An empty mailbox.

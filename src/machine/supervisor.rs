@@ -18,6 +18,7 @@ use crate::boot::{self, AcpiConfig, BootConfig, BootError, EntryPoint};
 use crate::clock::Clock;
 use crate::devices::rtc::MemorySize;
 use crate::devices::shell::InterruptLine;
+use crate::gdb::server::{self as gdb, GdbConfig, GdbError};
 use crate::host::character::Waker;
 use crate::host::console::{self, Console, ConsoleError, ConsoleKind};
 use crate::host::events::{self, CharacterDevice, EventLoop, Signals, TimedDevice};
@@ -68,6 +69,8 @@ pub struct MachineConfig {
     pub delay: Option<Duration>,
     /// After this it is ended.
     pub timeout: Option<Duration>,
+    /// Where a gdb can connect.
+    pub gdb: Option<GdbConfig>,
     /// What becomes of it when the guest asks for a reset.
     pub on_reset: OnReset,
 }
@@ -109,6 +112,9 @@ pub enum StartError {
     /// KVM.
     #[error(transparent)]
     Vm(#[from] VmError),
+    /// Where gdb is to connect.
+    #[error(transparent)]
+    Gdb(#[from] GdbError),
     /// Threads, eventfds, signals.
     #[error("the host cannot start what the machine needs; are its limits (ulimit -u, ulimit -n) too low?")]
     Host(#[from] std::io::Error),
@@ -129,6 +135,7 @@ impl StartError {
                 | StartError::Cpus(_)
                 | StartError::Console(ConsoleError::File { .. })
                 | StartError::Image
+                | StartError::Gdb(_)
                 | StartError::Vm(VmError::TooManyVcpus { .. })
         )
     }
@@ -183,7 +190,8 @@ pub fn run(config: &MachineConfig, log: &Logger) -> Result<Outcome, StartError> 
 /// As [`run`].
 pub fn run_kvm(config: &MachineConfig, inbox: Inbox, log: &Logger) -> Result<Outcome, StartError> {
     config.check()?;
-    // What can be wrong with the user's files is found before the host is asked for anything.
+    // What can be wrong with the user's input is found before the host is asked for anything.
+    let listener = config.gdb.as_ref().map(gdb::Listener::new).transpose()?;
     memory::check_host(&config.memory)?;
     let memory = memory::create(&config.memory)?;
     let topology = Topology::flat(config.cpus as u32);
@@ -199,7 +207,11 @@ pub fn run_kvm(config: &MachineConfig, inbox: Inbox, log: &Logger) -> Result<Out
     }
     let (guest, load_log) = (config.guest.clone(), log.clone());
     let platform = vm.platform(move |memory| load(memory, &guest, &topology, &load_log))?;
-    run_controlled(config, backends, &vm, Box::new(platform), inbox, log)
+    let server = match listener {
+        Some(listener) => Some(gdb::Server::new(listener, memory)?),
+        None => None,
+    };
+    run_debugged(config, backends, &vm, Box::new(platform), inbox, server, log)
 }
 
 /// Runs a machine around vCPUs that are there already, one a backend: those of KVM, or scripted ones. The devices,
@@ -230,6 +242,22 @@ pub fn run_controlled<B, L>(
     lines: &L,
     platform: Box<dyn Platform>,
     inbox: Inbox,
+    log: &Logger,
+) -> Result<Outcome, StartError>
+where
+    B: Backend + Send + 'static,
+    L: Lines<Error = StartError>,
+{
+    run_debugged(config, backends, lines, platform, inbox, None, log)
+}
+
+fn run_debugged<B, L>(
+    config: &MachineConfig,
+    backends: Vec<B>,
+    lines: &L,
+    platform: Box<dyn Platform>,
+    inbox: Inbox,
+    debugger: Option<gdb::Server>,
     log: &Logger,
 ) -> Result<Outcome, StartError>
 where
@@ -282,6 +310,7 @@ where
         waker,
         sender,
         mailbox: receiver,
+        debugger,
         on_reset: config.on_reset,
         deadline: config.timeout.map(|limit| Instant::now() + limit),
         memory_bytes: config.memory.size_bytes,
@@ -312,6 +341,7 @@ struct Assembly<B> {
     answered: Vec<(&'static str, Arc<AtomicU32>)>,
     backends: Vec<B>,
     platform: Box<dyn Platform>,
+    debugger: Option<gdb::Server>,
     on_reset: OnReset,
     characters: Vec<CharacterDevice>,
     timed: Vec<TimedDevice>,
@@ -354,7 +384,9 @@ impl<B: Backend + Send + 'static> Assembly<B> {
             published: Arc::new(AtomicU8::new(State::Created as u8)),
             log: self.log.clone(),
         });
-        let started = machine.start_vcpus(self.backends, &discipline, &self.sender);
+        let started = machine
+            .start_vcpus(self.backends, &discipline, &self.sender)
+            .and_then(|()| self.debugger.map_or(Ok(()), |server| machine.debug_by(server)));
         drop((self.sender, discipline));
         match started {
             Ok(()) => {

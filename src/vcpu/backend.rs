@@ -1,5 +1,6 @@
 //! What a vCPU actor needs of whatever runs the guest: KVM, or a script.
 
+use super::debug::CpuState;
 use super::exit::Exit;
 use super::registers::Registers;
 use crate::boot::EntryPoint;
@@ -67,4 +68,22 @@ pub trait Backend {
     /// # Errors
     /// See [`ResetError`].
     fn reset(&mut self, entry: Option<&EntryPoint>) -> Result<(), ResetError>;
+
+    /// The whole state, for a debugger.
+    fn cpu_state(&mut self) -> Option<Box<CpuState>> {
+        None
+    }
+
+    /// Takes a state from a debugger, but for the activity. `false`: it is refused, perhaps with a part of it taken.
+    fn set_cpu_state(&mut self, _cpu: &CpuState) -> bool {
+        false
+    }
+
+    /// How a debugger wants the guest to be stopped; `None`: not at all.
+    ///
+    /// # Errors
+    /// What the host says.
+    fn set_debug(&mut self, _debug: Option<&kvm_bindings::kvm_guest_debug>) -> Result<(), Errno> {
+        Err(Errno::EOPNOTSUPP)
+    }
 }

@@ -71,6 +71,11 @@ impl CpuState {
         };
     }
 
+    /// CR0.PE is 0.
+    pub fn is_real_mode(&self) -> bool {
+        self.special.cr0 & 1 == 0
+    }
+
     /// The privilege level, 0 to 3. [SDM 3A §5.5: SS's descriptor has it]
     pub fn ring(&self) -> u8 {
         self.special.ss.dpl

@@ -1,18 +1,25 @@
 //! The KVM backend: one vCPU's descriptor, its `kvm_run` mapping, and nothing that anybody else could touch.
 
 use super::backend::{Backend, ResetError, RunError};
+use super::debug::{Activity, CpuState};
 use super::exit::{Exit, decode};
 use super::power_on::PowerOn;
 use super::registers::Registers;
 use crate::boot::EntryPoint;
 use crate::boot::entry;
-use kvm_bindings::{KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS};
+use kvm_bindings::{
+    KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, KVM_SYNC_X86_REGS,
+    KVM_SYNC_X86_SREGS, Msrs, kvm_guest_debug, kvm_msr_entry,
+};
 use kvm_ioctls::VcpuFd;
 use nix::errno::Errno;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// What KVM_CAP_SYNC_REGS must offer for registers to be taken from the mapping.
 const SYNC: u64 = (KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS) as u64;
+
+/// IA32_KERNEL_GS_BASE. [SDM 4]
+const KERNEL_GS_BASE: u32 = 0xc000_0102;
 
 /// A vCPU of KVM.
 pub struct KvmBackend {
@@ -157,5 +164,62 @@ impl Backend for KvmBackend {
         let (regs, sregs) = entry::apply(entry, base);
         self.fd.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))?;
         self.fd.set_regs(&regs).map_err(failed("KVM_SET_REGS"))
+    }
+
+    fn cpu_state(&mut self) -> Option<Box<CpuState>> {
+        let activity = match self.fd.get_mp_state() {
+            Ok(state) => match state.mp_state {
+                KVM_MP_STATE_HALTED => Activity::Halted,
+                KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED => Activity::NotStarted,
+                _ => Activity::Running,
+            },
+            // Without interrupt controllers in the kernel there is no such state.
+            Err(_) => Activity::Running,
+        };
+        let mut msrs = Msrs::from_entries(&[kvm_msr_entry {
+            index: KERNEL_GS_BASE,
+            ..Default::default()
+        }])
+        .ok()?;
+        let known = self.fd.get_msrs(&mut msrs).ok()? == 1;
+        Some(Box::new(CpuState {
+            general: self.fd.get_regs().ok()?,
+            special: self.fd.get_sregs().ok()?,
+            fpu: self.fd.get_fpu().ok()?,
+            kernel_gs_base: if known { msrs.as_slice()[0].data } else { 0 },
+            activity,
+        }))
+    }
+
+    fn set_cpu_state(&mut self, cpu: &CpuState) -> bool {
+        let Some(before) = self.cpu_state() else {
+            return false;
+        };
+        // Only what is changed: a host may refuse to set what it told.
+        let mut taken = true;
+        if cpu.special != before.special {
+            taken &= self.fd.set_sregs(&cpu.special).is_ok();
+        }
+        if cpu.general != before.general {
+            taken &= self.fd.set_regs(&cpu.general).is_ok();
+        }
+        if cpu.fpu != before.fpu {
+            taken &= self.fd.set_fpu(&cpu.fpu).is_ok();
+        }
+        if cpu.kernel_gs_base != before.kernel_gs_base {
+            let msrs = Msrs::from_entries(&[kvm_msr_entry {
+                index: KERNEL_GS_BASE,
+                data: cpu.kernel_gs_base,
+                ..Default::default()
+            }]);
+            taken &= msrs.is_ok_and(|msrs| matches!(self.fd.set_msrs(&msrs), Ok(1)));
+        }
+        taken
+    }
+
+    fn set_debug(&mut self, debug: Option<&kvm_guest_debug>) -> Result<(), Errno> {
+        self.fd
+            .set_guest_debug(debug.unwrap_or(&kvm_guest_debug::default()))
+            .map_err(|error| Errno::from_raw(error.errno()))
     }
 }

@@ -21,12 +21,14 @@ pub mod power_on;
 pub mod registers;
 pub mod route;
 pub mod scripted;
+mod watched;
 
 use crate::actors::{Lifecycle, Rank, RankGuard};
 use crate::boot::EntryPoint;
 use crate::devices::Direction;
 use backend::{Backend, ResetError, RunError};
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
+use debug::{Arming, DebugRequest, DebugStop, Mode};
 use exit::{Exit, MmioExit, PioExit, SystemEvent};
 use kick::{ImmediateExit, KickHandle, KickReceiver, ThreadSignal, kick};
 use registers::Registers;
@@ -34,19 +36,21 @@ use route::{Accesses, Bus, RoutingTable, Space};
 use std::fmt;
 
 /// What a vCPU actor receives. Bounded by [`MAILBOX`].
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Debug)]
 pub enum VcpuMessage {
     /// The machine's life.
     Lifecycle(Lifecycle),
     /// [`Lifecycle::Reset`] of the boot processor: the guest that was loaded anew starts here.
     ResetTo(EntryPoint),
+    /// From a debugger, with the way back.
+    Debug(DebugRequest),
     /// The vCPU ends.
     Stop,
 }
 
 /// Messages a vCPU's mailbox holds: the machine actor has one on its way that is answered (Pause, Reset), sends no other
-/// before the answer, and may have sent Resume before it; Stop may come on top.
-const MAILBOX: usize = 4;
+/// before the answer, and may have sent Resume before it; Stop may come on top. A debugger has one.
+const MAILBOX: usize = 5;
 
 /// What a vCPU tells the machine.
 #[derive(Debug)]
@@ -66,6 +70,8 @@ pub enum VcpuEvent {
     Paused,
     /// It is in the state after power-on, and still paused; or it cannot be.
     Reset(Result<(), ResetError>),
+    /// It has stopped for the debugger, and waits for [`Lifecycle::Resume`]. No access is pending.
+    Debug(DebugStop),
     /// It cannot go on; see [`End`]. It waits for [`VcpuMessage::Stop`].
     Halted(End),
     /// It has ended. With the ranges that nobody claimed, and how often they were touched.
@@ -166,7 +172,8 @@ impl fmt::Display for Diagnosis {
     }
 }
 
-/// The machine's hold of a vCPU.
+/// The machine's hold of a vCPU, and a debugger's.
+#[derive(Clone)]
 pub struct VcpuHandle {
     mailbox: Sender<VcpuMessage>,
     kick: KickHandle,
@@ -234,6 +241,8 @@ pub struct Vcpu<B: Backend, D: Bus = RoutingTable> {
     bus: D,
     inbox: VcpuInbox,
     news: NewsSink,
+    /// What the debugger wants; nothing, if there is none.
+    arming: Arming,
 }
 
 /// Where a vCPU's news go. Must not wait for long: it is called on the vCPU's thread.
@@ -248,6 +257,7 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
             bus,
             inbox,
             news,
+            arming: Arming::default(),
         }
     }
 
@@ -281,7 +291,11 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
         loop {
             state = match state {
                 State::Waiting => self.wait(),
-                State::Running => self.run_guest(immediate_exit),
+                // Two loops, so that the usual one has nothing of the other on its way.
+                State::Running => match self.arming.watch.clone() {
+                    None => self.run_guest(immediate_exit),
+                    Some(watch) => self.run_watched(immediate_exit, &watch),
+                },
                 State::Ended => return,
             };
         }
@@ -291,7 +305,13 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
     fn wait(&mut self) -> State {
         loop {
             match self.inbox.mailbox.recv() {
-                Ok(VcpuMessage::Lifecycle(Lifecycle::Start | Lifecycle::Resume)) => return State::Running,
+                // The debugger may want it to stay where it is while others go on.
+                Ok(VcpuMessage::Lifecycle(Lifecycle::Start | Lifecycle::Resume)) => {
+                    if self.arming.mode != Mode::Hold {
+                        return State::Running;
+                    }
+                }
+                Ok(VcpuMessage::Debug(request)) => self.serve_debugger(request, true),
                 Ok(VcpuMessage::Lifecycle(Lifecycle::Pause)) => self.pause(),
                 Ok(VcpuMessage::Lifecycle(Lifecycle::Reset)) => self.reset(None),
                 Ok(VcpuMessage::ResetTo(entry)) => self.reset(Some(&entry)),
@@ -342,6 +362,7 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
                 // A reset comes to a vCPU that is paused, and to no other.
                 Ok(VcpuMessage::Lifecycle(Lifecycle::Start | Lifecycle::Resume | Lifecycle::Reset))
                 | Ok(VcpuMessage::ResetTo(_)) => {}
+                Ok(VcpuMessage::Debug(request)) => self.serve_debugger(request, false),
                 Ok(VcpuMessage::Stop) | Err(TryRecvError::Disconnected) => return Some(State::Ended),
                 Err(TryRecvError::Empty) => return None,
             }
@@ -406,6 +427,7 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
                     return Some(State::Waiting);
                 }
                 Ok(VcpuMessage::Lifecycle(Lifecycle::Reset) | VcpuMessage::ResetTo(_)) => {}
+                Ok(VcpuMessage::Debug(request)) => self.serve_debugger(request, false),
                 Ok(VcpuMessage::Stop) | Err(_) => return Some(State::Ended),
             }
         }

@@ -16,11 +16,12 @@ pub struct Args {
 }
 
 /// A file that only the package brings, and the package.
-const NEEDED: [(&str, &str); 4] = [
+const NEEDED: [(&str, &str); 5] = [
     ("/usr/bin/qemu-system-x86_64", "qemu-system-x86"),
     ("/usr/share/doc/busybox-static", "busybox-static"),
     ("/usr/bin/lz4", "lz4"),
     ("/usr/bin/xz", "xz-utils"),
+    ("/usr/bin/gdb", "gdb"),
 ];
 
 const APT_LIMIT: Duration = Duration::from_secs(600);
