@@ -92,6 +92,13 @@ pub(super) fn lane_bit(lane: usize) -> u64 {
     1 << (lane % LANE_BITS)
 }
 
+/// The first of `bits` above bit `at`, else the lowest.
+#[inline]
+fn next_bit(bits: u64, at: usize) -> usize {
+    let above = bits & (!0 << at << 1);
+    (if above != 0 { above } else { bits }).trailing_zeros() as usize
+}
+
 /// An actor, its mailbox, and how it is run.
 pub(super) struct Core<A: Actor> {
     pub(super) word: CachePadded<AtomicU64>,
@@ -145,15 +152,20 @@ impl<A: Actor> Core<A> {
             .is_ok()
     }
 
-    /// One turn, for the holder of the token. `Err`: the actor panicked and must be closed.
+    /// One turn, for the holder of the token, and what is done with its reply. `Err`: one of them panicked, and the actor
+    /// must be closed.
     #[inline]
-    pub(super) fn turn(&self, message: A::Message) -> Result<A::Reply, Obituary> {
+    pub(super) fn turn<R>(
+        &self,
+        message: A::Message,
+        then: impl FnOnce(A::Reply) -> R,
+    ) -> Result<R, Obituary> {
         let _rank = RankGuard::enter(A::RANK);
         self.actor.with_mut(|actor| {
             // SAFETY: the caller holds the token, and gives it up only after this returns.
             match unsafe { &mut *actor } {
                 // The state of an actor that panicked is never looked at again, only dropped.
-                Some(actor) => catch_unwind(AssertUnwindSafe(|| actor.handle(message)))
+                Some(actor) => catch_unwind(AssertUnwindSafe(|| then(actor.handle(message))))
                     .map_err(|panic| self.obituary(&*panic)),
                 None => unreachable!("a closed actor's token is never taken"),
             }
@@ -195,17 +207,20 @@ impl<A: Actor> Core<A> {
     #[cold]
     pub(super) fn combine_from(&self, lane: usize) -> u64 {
         let mut sleepers = Sleepers::new(self);
-        if self.serve(lane, None, &mut sleepers).is_err() {
-            self.close(lane_bit(lane));
+        if let Err(obituary) = self.serve(lane, None, &mut sleepers) {
+            self.finish(lane_bit(lane), obituary);
             return 0;
         }
-        self.combine()
+        self.combine(lane)
     }
 
     /// Serves lanes until none has anything, then lets go of the token; or hands it to an asker when this has gone
     /// on for long. For the holder. Returns the bits of the lanes whose asks it served.
     #[cold]
-    pub(super) fn combine(&self) -> u64 {
+    pub(super) fn combine(&self, own: usize) -> u64 {
+        // Round about from the holder's own lane, which was served last: from the lowest each time, those that ask again
+        // at once would use up every budget.
+        let mut at = own % LANE_BITS;
         let mut budget = COMBINE;
         let mut friends = 0;
         // Wakes them when it goes out of scope: on every way out the token is another's by then, or nobody's.
@@ -219,17 +234,17 @@ impl<A: Actor> Core<A> {
                 continue;
             }
             friends |= bits;
-            match self.serve_lanes(bits, Some(&mut budget), &mut sleepers) {
+            match self.serve_lanes(bits, &mut at, Some(&mut budget), &mut sleepers) {
                 Sweep::Done => {}
                 Sweep::HandedOver | Sweep::Closed => return 0,
             }
         }
     }
 
-    /// Serves the calls of senders that were served here before, if they are there already. For the holder, after a
-    /// turn of its own and before it lets go. `Err`: the actor is closed, and the token with it.
+    /// Serves the calls of senders that were served here before, if they are there already, and lets go of the token.
+    /// For the holder, after a turn of its own.
     #[inline(never)]
-    pub(super) fn serve_friends(&self, friends: u64) -> Result<Met, ()> {
+    pub(super) fn serve_friends(&self, friends: u64) -> Met {
         let mut sleepers = Sleepers::new(self);
         let mut met = Met::default();
         let mut rest = friends;
@@ -241,41 +256,55 @@ impl<A: Actor> Core<A> {
             }
             met.any = true;
             met.looked = met.looked.max(self.lanes[lane].looked.load(Ordering::Relaxed));
-            if self.serve(lane, None, &mut sleepers).is_err() {
-                self.close(lane_bit(lane));
-                return Err(());
+            if let Err(obituary) = self.serve(lane, None, &mut sleepers) {
+                self.finish(lane_bit(lane), obituary);
+                met.released = true;
+                return met;
             }
         }
-        Ok(met)
+        met.released = self.try_release();
+        met
     }
 
     /// Serves the lanes of `bits`. With a budget: hands the token over when it is used up and an asker spins.
-    fn serve_lanes(&self, mut bits: u64, mut budget: Option<&mut u32>, sleepers: &mut Sleepers<A>) -> Sweep {
+    fn serve_lanes(
+        &self,
+        mut bits: u64,
+        at: &mut usize,
+        mut budget: Option<&mut u32>,
+        sleepers: &mut Sleepers<A>,
+    ) -> Sweep {
         while bits != 0 {
-            let bit = bits.trailing_zeros() as usize;
+            let bit = next_bit(bits, *at);
             if let Some(budget) = budget.as_deref_mut()
                 && *budget == 0
             {
-                if self.hand_over(bits) {
+                if self.hand_over(bits, *at) {
                     return Sweep::HandedOver;
                 }
                 *budget = COMBINE;
             }
             for lane in (bit..self.lanes.len()).step_by(LANE_BITS) {
-                if self.serve(lane, budget.as_deref_mut(), sleepers).is_err() {
+                if let Err(obituary) = self.serve(lane, budget.as_deref_mut(), sleepers) {
                     // The lanes not reached will never be, this bit's others included: their askers must hear of it.
-                    self.close(bits);
+                    self.finish(bits, obituary);
                     return Sweep::Closed;
                 }
             }
-            bits &= bits - 1;
+            bits &= !(1 << bit);
+            *at = bit;
         }
         Sweep::Done
     }
 
     /// Serves what is in one lane. For the holder. After `Err` (the actor has ended) the caller must [`Core::close`]
     /// with this lane's bit.
-    fn serve(&self, lane: usize, mut budget: Option<&mut u32>, sleepers: &mut Sleepers<A>) -> Result<(), ()> {
+    fn serve(
+        &self,
+        lane: usize,
+        mut budget: Option<&mut u32>,
+        sleepers: &mut Sleepers<A>,
+    ) -> Result<(), Option<Obituary>> {
         let index = lane;
         let lane = &*self.lanes[index];
         // Looked at first: with a call, every post that comes before it is there too, and no other can come.
@@ -289,27 +318,27 @@ impl<A: Actor> Core<A> {
         };
         for _ in 0..posts {
             let Some(message) = lane.pop() else { break };
+            sleepers.mind();
             spend(&mut budget);
-            if let Err(obituary) = self.turn(message) {
-                return self.bury(obituary);
+            if let Err(obituary) = self.turn(message, drop) {
+                return Err(Some(obituary));
             }
         }
         if !called {
             return Ok(());
         }
         spend(&mut budget);
+        sleepers.mind();
         // The clock costs as much as a turn; who does not sleep pays nothing for it.
         let slept_since = (lane.state.load(Ordering::Relaxed) == PARKED).then(Instant::now);
         let reply = match lane.take() {
-            Call::Ask(message) => match self.turn(message) {
-                Ok(reply) => Some(reply),
-                Err(obituary) => return self.bury(obituary),
+            Call::Ask(message) => match self.turn(message, Some) {
+                Ok(reply) => reply,
+                Err(obituary) => return Err(Some(obituary)),
             },
             Call::Fence => None,
             Call::Stop => {
-                // Whoever asked for it is told by `close`, when it is true.
-                self.end();
-                return Err(());
+                return Err(None);
             }
             Call::Nothing | Call::Reply(_) => unreachable!("a state without its call"),
         };
@@ -322,22 +351,14 @@ impl<A: Actor> Core<A> {
         Ok(())
     }
 
-    /// The end of an actor that panicked.
-    #[cold]
-    fn bury(&self, obituary: Obituary) -> Result<(), ()> {
-        self.end();
-        (self.on_death)(obituary);
-        Err(())
-    }
-
     /// Gives the token to an asker that is looking at its lane. `false` if none is: a sleeping one would keep the
     /// token idle until it is awake, so it is served instead.
-    fn hand_over(&self, bits: u64) -> bool {
+    fn hand_over(&self, bits: u64, at: usize) -> bool {
         // What was taken out of the word but not served must be seen by the next holder.
         let mut rest = bits;
         while rest != 0 {
-            let bit = rest.trailing_zeros() as usize;
-            rest &= rest - 1;
+            let bit = next_bit(rest, at);
+            rest &= !(1 << bit);
             for lane in self.lanes.iter().skip(bit).step_by(LANE_BITS) {
                 if lane.state.load(Ordering::Relaxed) != WAITING && !planted(Bug::HandToSleeper) {
                     continue;
@@ -360,6 +381,7 @@ impl<A: Actor> Core<A> {
         // SAFETY: the caller holds the token.
         let actor = self.actor.with_mut(|actor| unsafe { (*actor).take() });
         // A destructor that panics must not take the machine with it.
+        let _rank = RankGuard::enter(A::RANK);
         let _ = catch_unwind(AssertUnwindSafe(|| drop(actor)));
     }
 
@@ -385,9 +407,18 @@ impl<A: Actor> Core<A> {
     /// Ends the actor after a panic on the idle path. For the holder.
     #[cold]
     pub(super) fn die(&self, obituary: Obituary) {
+        self.finish(0, Some(obituary));
+    }
+
+    /// Ends the actor, tells of its death, and closes it. For the holder.
+    #[cold]
+    fn finish(&self, pending: u64, obituary: Option<Obituary>) {
         self.end();
-        self.close(0);
-        (self.on_death)(obituary);
+        if let Some(obituary) = obituary {
+            // A panic here must not leave the mailbox open without a holder.
+            let _ = catch_unwind(AssertUnwindSafe(|| (self.on_death)(obituary)));
+        }
+        self.close(pending);
     }
 
     /// The life of the actor's own thread (placement `thread`): the one holder, from spawn to the end.
@@ -396,7 +427,7 @@ impl<A: Actor> Core<A> {
             let bits = self.sweep();
             if bits != 0 {
                 // Nobody is held up by this thread being preempted who is not anyway: it wakes as soon as it can.
-                match self.serve_lanes(bits, None, &mut Sleepers::at_once(self)) {
+                match self.serve_lanes(bits, &mut 0, None, &mut Sleepers::at_once(self)) {
                     Sweep::Done => continue,
                     Sweep::Closed | Sweep::HandedOver => return,
                 }
@@ -448,6 +479,8 @@ pub(super) struct Met {
     pub(super) any: bool,
     /// How often the most patient of them had looked for the reply before that.
     pub(super) looked: u32,
+    /// The token is gone: let go, or with the actor.
+    pub(super) released: bool,
 }
 
 /// How a sweep over the lanes ended.
@@ -472,6 +505,8 @@ struct Sleepers<'a, A: Actor> {
     count: usize,
     /// How many to owe before they are woken anyway.
     most: usize,
+    /// Since when the first of them has its answer.
+    since: Option<Instant>,
 }
 
 impl<'a, A: Actor> Sleepers<'a, A> {
@@ -481,6 +516,7 @@ impl<'a, A: Actor> Sleepers<'a, A> {
             lanes: [0; SLEEPERS],
             count: 0,
             most: SLEEPERS,
+            since: None,
         }
     }
 
@@ -497,10 +533,23 @@ impl<'a, A: Actor> Sleepers<'a, A> {
         self.count += 1;
         if at_once || self.count == self.most {
             self.wake();
+        } else if self.since.is_none() {
+            self.since = Some(Instant::now());
+        }
+    }
+
+    /// Before a turn: wakes them if the turns since have been long.
+    fn mind(&mut self) {
+        if self
+            .since
+            .is_some_and(|since| !cfg!(loom) && since.elapsed() > LONG_TURN)
+        {
+            self.wake();
         }
     }
 
     fn wake(&mut self) {
+        self.since = None;
         for lane in &self.lanes[..self.count] {
             // It may be awake by now, and even asleep in another ask: it looks again.
             self.core.lanes[*lane as usize].state.wake();
@@ -525,14 +574,16 @@ pub(super) trait Job: Send + Sync {
 impl<A: Actor> Job for Core<A> {
     /// One sweep. The token is never handed to an asker: this actor's turns run in the pool only.
     fn run(self: Arc<Self>) {
-        let bits = self.sweep();
-        if self.serve_lanes(bits, None, &mut Sleepers::at_once(&self)) == Sweep::Closed {
-            return;
-        }
-        if !self.try_release() {
+        loop {
+            let bits = self.sweep();
+            let sweep = self.serve_lanes(bits, &mut 0, None, &mut Sleepers::at_once(&self));
+            if sweep == Sweep::Closed || self.try_release() {
+                return;
+            }
             // More came in. Behind the others in the queue, so that a busy actor does not keep a worker.
-            let again = self.clone();
-            self.runner.schedule(again);
+            if self.runner.schedule(self.clone()).is_ok() {
+                return;
+            }
         }
     }
 }

@@ -9,7 +9,7 @@
 //!   it costs a credit, and a sender without credits waits until its earlier posts have been handled.
 //!   [`Port::fence`] waits until they all have.
 //! * Waiting goes upward only: an actor (or a thread) may ask only actors of a higher [`Rank`]. This is asserted
-//!   in every build, so no cycle of waits can exist.
+//!   in every build, so no cycle of waits can exist. Actors of one pool may not wait for each other at all.
 //! * Where an actor runs is chosen when it is spawned ([`Placement`]) and cannot be seen by it or its senders:
 //!   `handoff` (on the thread of whoever sends to it while it is idle), `thread` (one of its own) or `pool`.
 //! * An actor that panics is closed: its state is dropped, everyone who waits for it gets [`Closed`] at once, so

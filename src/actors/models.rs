@@ -300,6 +300,29 @@ pub(super) fn loom_a_lane_is_used_again() {
 }
 
 #[test]
+pub(super) fn loom_who_is_told_closed_was_not_handled() {
+    // The bit of a post can have the ask behind it served before the asker has registered, and then the actor ends.
+    explore(3, || {
+        let shown = std::sync::Arc::new(loom::sync::atomic::AtomicBool::new(false));
+        let address = Address::spawn(Shows(shown.clone()), "shows", Placement::Handoff, 2, |_| {})
+            .expect("no thread is started")
+            .address;
+        let (mut a, mut b) = (address.connect().unwrap(), address.connect().unwrap());
+        let other = thread::spawn(move || {
+            if b.post(false).is_ok() && b.ask(true).is_err() {
+                assert!(
+                    !shown.load(loom::sync::atomic::Ordering::Relaxed),
+                    "it was handled"
+                );
+            }
+        });
+        let _ = a.ask(false);
+        a.stop();
+        other.join().unwrap();
+    });
+}
+
+#[test]
 pub(super) fn loom_lanes_that_share_a_bit() {
     // A holder that was called for by one lane looks into the other too, whose sender is anywhere in between.
     explore(3, || {

@@ -3,12 +3,20 @@
 use super::mailbox::Job;
 use super::sync::Arc;
 use super::sync::queue::{Receiver, Sender, bounded};
+use crossbeam_channel::TrySendError;
+use std::cell::Cell;
 use std::fmt;
 use std::str::FromStr;
+use std::sync::atomic::AtomicUsize;
 
 /// How many actors may share one pool. Each is in the queue at most once (its token is taken while it is), so a
 /// queue of this size never blocks.
 const POOL_ACTORS: usize = 1024;
+
+thread_local! {
+    /// The number of the pool that this thread works for; 0: none.
+    static WORKS_FOR: Cell<usize> = const { Cell::new(0) };
+}
 
 /// Where an actor runs.
 #[derive(Clone, Default)]
@@ -64,6 +72,8 @@ impl fmt::Display for PlacementKind {
 #[derive(Clone)]
 pub struct Pool {
     queue: Sender<Arc<dyn Job>>,
+    /// From 1.
+    number: usize,
 }
 
 impl Pool {
@@ -72,23 +82,40 @@ impl Pool {
     /// # Errors
     /// When the host cannot start a thread.
     pub fn new(threads: usize) -> std::io::Result<Pool> {
+        static POOLS: AtomicUsize = AtomicUsize::new(0);
+        let number = POOLS.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1;
         let (queue, jobs): (_, Receiver<Arc<dyn Job>>) = bounded(POOL_ACTORS);
         for n in 0..threads.max(1) {
             let jobs = jobs.clone();
             crate::thread::spawn(format!("pool{n}"), move || {
+                WORKS_FOR.set(number);
                 for job in jobs {
                     job.run();
                 }
             })?;
         }
-        Ok(Pool { queue })
+        Ok(Pool { queue, number })
+    }
+
+    /// The current thread is about to wait for an actor of this pool.
+    ///
+    /// # Panics
+    /// On a thread of this very pool: when all of them wait so, nobody is left to run what they wait for. A bug of ours,
+    /// contained at the actor whose turn it is.
+    pub(super) fn assert_may_wait(&self, name: &str) {
+        assert!(
+            WORKS_FOR.get() != self.number,
+            "an actor of a pool may not wait for {name}, which is in the same pool"
+        );
     }
 
     /// A pool of one, and what its worker does.
     #[cfg(all(test, loom))]
     pub(super) fn for_model() -> (Pool, impl FnOnce() + Send) {
         let (queue, jobs): (_, Receiver<Arc<dyn Job>>) = bounded(POOL_ACTORS);
-        (Pool { queue }, move || jobs.into_iter().for_each(|job| job.run()))
+        (Pool { queue, number: 1 }, move || {
+            jobs.into_iter().for_each(|job| job.run())
+        })
     }
 }
 
@@ -112,16 +139,11 @@ impl Runner {
         matches!(self, Runner::Sender)
     }
 
-    /// Has a pool run the actor whose token the caller holds.
-    pub(super) fn schedule(&self, job: Arc<dyn Job>) {
+    /// Has a pool run the actor whose token the caller holds. `Err`: it has more actors than its queue was made for, and
+    /// the caller has to run it, since nobody else will.
+    pub(super) fn schedule(&self, job: Arc<dyn Job>) -> Result<(), Arc<dyn Job>> {
         match self {
-            Runner::Pool(pool) => {
-                if let Err(refused) = pool.queue.try_send(job) {
-                    // More actors than the queue was made for. Late is better than never, and never is not an
-                    // option while the token is held.
-                    refused.into_inner().run();
-                }
-            }
+            Runner::Pool(pool) => pool.queue.try_send(job).map_err(TrySendError::into_inner),
             Runner::Sender | Runner::Resident => unreachable!("only a pool's actors are scheduled"),
         }
     }

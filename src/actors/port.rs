@@ -116,6 +116,12 @@ impl<A: Actor> Address<A> {
         None
     }
 
+    /// The state of a lane.
+    #[cfg(all(test, not(loom)))]
+    pub(super) fn lane_state(&self, lane: usize) -> u32 {
+        self.core.lanes[lane].state.load(Ordering::Relaxed)
+    }
+
     /// The name it was started with.
     pub fn name(&self) -> &str {
         &self.core.name
@@ -123,7 +129,7 @@ impl<A: Actor> Address<A> {
 
     /// Whether the actor has ended.
     pub fn is_closed(&self) -> bool {
-        self.core.word.load(Ordering::Relaxed) & CLOSED != 0
+        self.core.word.load(Ordering::Acquire) & CLOSED != 0
     }
 }
 
@@ -204,7 +210,7 @@ impl<A: Actor> Port<A> {
     pub fn ask(&mut self, message: A::Message) -> Result<A::Reply, Closed> {
         rank::assert_may_wait_for(A::RANK, &self.core.name);
         if self.try_take() {
-            return self.turn(message);
+            return self.turn(message, |reply| reply);
         }
         self.ask_busy(message)
     }
@@ -228,8 +234,8 @@ impl<A: Actor> Port<A> {
 
     /// A turn of our own, for the holder of the token, who lets go of it.
     #[inline(always)]
-    fn turn(&mut self, message: A::Message) -> Result<A::Reply, Closed> {
-        match self.core.turn(message) {
+    fn turn<R>(&mut self, message: A::Message, then: impl FnOnce(A::Reply) -> R) -> Result<R, Closed> {
+        match self.core.turn(message, then) {
             Ok(reply) => {
                 if self.friends.lanes != 0 {
                     self.release_among_friends();
@@ -248,21 +254,21 @@ impl<A: Actor> Port<A> {
     /// Serves those who came in during our turn, and lets go of the token.
     #[cold]
     fn combine(&mut self) {
-        let served = self.core.combine();
+        let served = self.core.combine(self.lane);
         self.friends.add(served, self.lane);
     }
 
     /// Serves those who have been served here before, if they have something, and lets go of the token.
     #[inline(never)]
     fn release_among_friends(&mut self) {
-        if self.friends.is_time() {
-            match self.core.serve_friends(self.friends.lanes) {
-                Ok(met) => self.friends.found(&met),
-                // It is closed. Our own turn was before.
-                Err(()) => return,
-            }
-        }
-        if !self.core.try_release() {
+        let released = if self.friends.is_time() {
+            let met = self.core.serve_friends(self.friends.lanes);
+            self.friends.found(&met);
+            met.released
+        } else {
+            self.core.try_release()
+        };
+        if !released {
             self.combine();
         }
     }
@@ -270,11 +276,15 @@ impl<A: Actor> Port<A> {
     /// Sends and goes on. Waits only when [`LANE_CREDITS`] earlier posts of this port are unhandled.
     ///
     /// # Errors
-    /// [`Closed`] when the actor has ended. A post that was taken can still be lost if the actor ends first.
+    /// [`Closed`] when the actor has ended. A post that was taken can still be lost if the actor ends first, and one that
+    /// comes at the same moment as the end may have been handled all the same.
+    ///
+    /// # Panics
+    /// When it has to wait, and the wait would not go upward in [`Rank`](super::Rank).
     #[inline]
     pub fn post(&mut self, message: A::Message) -> Result<(), Closed> {
         if self.try_take() {
-            return self.turn(message).map(drop);
+            return self.turn(message, drop);
         }
         self.post_busy(message)
     }
@@ -282,6 +292,7 @@ impl<A: Actor> Port<A> {
     #[cold]
     fn post_busy(&mut self, message: A::Message) -> Result<(), Closed> {
         if self.core.lanes[self.lane].backlog() >= LANE_CREDITS {
+            rank::assert_may_wait_for(A::RANK, &self.core.name);
             self.call(Call::Fence)?;
         }
         if self.stopped || self.is_closed() {
@@ -305,7 +316,7 @@ impl<A: Actor> Port<A> {
     pub fn tell(&mut self, message: A::Message, is_post: impl FnOnce() -> bool) -> Result<bool, Closed> {
         rank::assert_may_wait_for(A::RANK, &self.core.name);
         if self.try_take() {
-            return self.turn(message).map(|_| false);
+            return self.turn(message, |_| false);
         }
         if is_post() {
             self.post_busy(message).map(|()| true)
@@ -335,16 +346,17 @@ impl<A: Actor> Port<A> {
     /// # Errors
     /// [`Closed`] when the actor ended before.
     pub fn fence(&mut self) -> Result<(), Closed> {
+        rank::assert_may_wait_for(A::RANK, &self.core.name);
         // The lane's head is moved before the turn runs, so an empty lane is not enough: the word tells.
         let idle = self.core.word.load(at(Site::Fence, Ordering::Acquire)) == 0;
         if idle || planted(Bug::FenceByLane) && self.core.lanes[self.lane].backlog() == 0 {
             return Ok(());
         }
-        rank::assert_may_wait_for(A::RANK, &self.core.name);
         self.call(Call::Fence)
     }
 
-    /// Ends the actor, after what this port has sent before. Waits until it has ended.
+    /// Ends the actor, after what this port has sent before. Waits until it has ended, unless this port has left a stop
+    /// already ([`Port::stop_later`]).
     pub fn stop(&mut self) {
         rank::assert_may_wait_for(A::RANK, &self.core.name);
         // Closed already is what was wanted.
@@ -388,7 +400,11 @@ impl<A: Actor> Port<A> {
                     self.friends.add(core.combine_from(self.lane), self.lane);
                     return Ok(true);
                 }
-                Runner::Pool(_) => core.runner.schedule(self.core.clone()),
+                Runner::Pool(_) => {
+                    if let Err(job) = core.runner.schedule(self.core.clone()) {
+                        job.run();
+                    }
+                }
                 Runner::Resident => unreachable!("a resident never lets go of its token"),
             }
         } else if before & ASLEEP != 0 {
@@ -402,6 +418,9 @@ impl<A: Actor> Port<A> {
     fn call(&mut self, call: Call<A::Message, A::Reply>) -> Result<(), Closed> {
         if self.stopped {
             return Err(Closed);
+        }
+        if let Runner::Pool(pool) = &self.core.runner {
+            pool.assert_may_wait(&self.core.name);
         }
         let lane = self.lane;
         self.core.lanes[lane].call(call, WAITING);
@@ -425,10 +444,18 @@ impl<A: Actor> Port<A> {
         if let Some(looked) = looked {
             self.served = true;
             self.core.lanes[self.lane].looked.store(looked, Ordering::Relaxed);
-        } else if expects && planted(Bug::ExpectForEver) {
-            // Not registered.
-        } else if !self.register()? && spin_until(|| self.is_settled()) {
-            self.served = self.core.runner.is_sender();
+        } else if !(expects && planted(Bug::ExpectForEver)) {
+            match self.register() {
+                Ok(true) => {}
+                Ok(false) => self.served = spin_until(|| self.is_settled()) && self.core.runner.is_sender(),
+                Err(Closed) => {
+                    // It may have been served before the end: by a friend, or for the bit of an earlier post.
+                    let state = self.core.lanes[self.lane]
+                        .state
+                        .load(at(Site::Settled, Ordering::Acquire));
+                    return if state == DONE { Ok(()) } else { Err(Closed) };
+                }
+            }
         }
         loop {
             let state = &self.core.lanes[self.lane].state;

@@ -37,11 +37,12 @@ pub struct RankGuard {
 }
 
 impl RankGuard {
-    /// The current thread acts at `rank` from now on.
+    /// The current thread acts at `rank` from now on, or at a higher one if it does so already: what waits for a turn
+    /// within a turn waits for both.
     #[inline]
     pub fn enter(rank: Rank) -> RankGuard {
         RankGuard {
-            before: CURRENT.with(|current| current.replace(rank)),
+            before: CURRENT.with(|current| current.replace(current.get().max(rank))),
             _thread: std::marker::PhantomData,
         }
     }

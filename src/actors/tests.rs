@@ -1,5 +1,7 @@
 //! The contract of the runtime, under every placement.
 
+mod faults;
+
 use super::*;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
