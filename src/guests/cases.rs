@@ -660,6 +660,8 @@ image! {
     "mov al, 0xc",
     "out RTC, al",
     "in al, RTC + 1",
+    // UF comes once a second, enabled or not.
+    "and al, 0xc0",
     "mov [SEEN], al",
     "lock inc dword ptr [RTC_IRQS]",
     "call .Lflat64_eoi",
