@@ -10,7 +10,7 @@ use super::conductor::{Conductor, Effect, Pending};
 use super::dispatch::{Control, Discipline};
 use super::outcome::Outcome;
 use super::platform::Platform;
-use super::request::{Answer, Command, MachineAddress, Reply, Request};
+use super::request::{Answer, Command, Mailbox, Reply, Request};
 use super::state::{State, Transition};
 use super::supervisor::OnReset;
 use super::{MachineMessage, Reloaded};
@@ -25,7 +25,7 @@ use crate::vcpu::backend::Backend;
 use crate::vcpu::exit::SystemEvent;
 use crate::vcpu::route::Space;
 use crate::vcpu::{End, Vcpu, VcpuEvent, VcpuHandle, VcpuMessage, VcpuNews, vcpu_mailbox};
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, select};
+use crossbeam_channel::{RecvTimeoutError, Sender, select};
 use slog::{Logger, crit, debug, error, info, o, warn};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
@@ -44,7 +44,7 @@ pub const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 /// What the machine actor is made of.
 pub(super) struct Parts {
     pub(super) sender: Sender<MachineMessage>,
-    pub(super) mailbox: Receiver<MachineMessage>,
+    pub(super) mailbox: Mailbox,
     pub(super) devices: Box<dyn Control>,
     /// Of each device, how many lifecycle messages it has handled; in the order of their numbers.
     pub(super) answered: Vec<(&'static str, Arc<AtomicU32>)>,
@@ -66,7 +66,7 @@ pub(super) struct Machine {
     conductor: Conductor,
     /// For the thread that loads the guest anew. `None` once the machine ends: it shall be the last to hold one.
     sender: Option<Sender<MachineMessage>>,
-    mailbox: Receiver<MachineMessage>,
+    mailbox: Mailbox,
     vcpus: Vec<RunningVcpu>,
     devices: Box<dyn Control>,
     lives: Vec<DeviceLife>,
@@ -101,6 +101,8 @@ struct RunningVcpu {
 struct DeviceLife {
     name: &'static str,
     told: u32,
+    /// The last answer that the conductor has heard of.
+    heard: u32,
     answered: Arc<AtomicU32>,
 }
 
@@ -111,6 +113,7 @@ impl Machine {
             .map(|(name, answered)| DeviceLife {
                 name,
                 told: 0,
+                heard: 0,
                 answered,
             })
             .collect();
@@ -181,7 +184,7 @@ impl Machine {
     pub(super) fn debug_by(&mut self, server: gdb::Server) -> std::io::Result<()> {
         let Some(sender) = &self.sender else { return Ok(()) };
         let vcpus = self.vcpus.iter().map(|vcpu| vcpu.handle.clone()).collect();
-        self.debugger = Some(server.start(MachineAddress(sender.clone()), vcpus, &self.log)?);
+        self.debugger = Some(server.start(self.mailbox.address(sender), vcpus, &self.log)?);
         Ok(())
     }
 
@@ -305,8 +308,11 @@ impl Machine {
             },
         }
         // Whatever the message was: a device that found no room for its own has counted.
-        for (index, life) in self.lives.iter().enumerate() {
-            if life.answered.load(Ordering::Acquire) == life.told {
+        for (index, life) in self.lives.iter_mut().enumerate() {
+            // Each answer once: what the conductor decides because of one device is a new question to all others, which
+            // they have not been asked yet.
+            if life.answered.load(Ordering::Acquire) == life.told && life.heard != life.told {
+                life.heard = life.told;
                 self.conductor.device_done(index);
             }
         }
@@ -551,7 +557,7 @@ impl Machine {
         loop {
             select! {
                 recv(self.event_loop.ended()) -> _ => return,
-                recv(self.mailbox) -> message => match message {
+                recv(*self.mailbox) -> message => match message {
                     Ok(MachineMessage::Host(_)) => return,
                     Ok(MachineMessage::Request(Request { command: Command::Stop, reply })) => {
                         reply.give(Answer::Done(State::Stopping));

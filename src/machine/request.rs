@@ -5,6 +5,9 @@ use super::MachineMessage;
 use super::state::{Refused, State};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use std::fmt;
+use std::ops::Deref;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 /// What can be asked of the machine actor. What only looks is not asked but read; see [`crate::control`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -83,23 +86,72 @@ const MAILBOX: usize = 2048;
 /// The machine's mailbox, made before the machine, so that somebody can hold its address.
 pub struct Inbox {
     pub(super) sender: Sender<MachineMessage>,
-    pub(super) receiver: Receiver<MachineMessage>,
+    pub(super) mailbox: Mailbox,
+}
+
+/// The machine's end of its mailbox. What is in it when it is dropped is dropped too, requests with their replies: a
+/// channel would keep them for as long as anybody has the address, and whoever waits for an answer has it.
+pub(super) struct Mailbox {
+    messages: Receiver<MachineMessage>,
+    closed: Arc<AtomicBool>,
+}
+
+impl Mailbox {
+    /// Where it can be reached. `sender`: one of its own.
+    pub(super) fn address(&self, sender: &Sender<MachineMessage>) -> MachineAddress {
+        MachineAddress {
+            sender: sender.clone(),
+            messages: self.messages.clone(),
+            closed: self.closed.clone(),
+        }
+    }
+}
+
+impl Deref for Mailbox {
+    type Target = Receiver<MachineMessage>;
+
+    fn deref(&self) -> &Receiver<MachineMessage> {
+        &self.messages
+    }
+}
+
+impl Drop for Mailbox {
+    fn drop(&mut self) {
+        self.closed.store(true, Ordering::Relaxed);
+        // With the one in `MachineAddress::request`: whichever of the two fences is the second, whoever it belongs to
+        // sees what the other did, and empties the mailbox.
+        fence(Ordering::SeqCst);
+        empty(&self.messages);
+    }
+}
+
+fn empty(messages: &Receiver<MachineMessage>) {
+    while messages.try_recv().is_ok() {}
 }
 
 /// Where a machine can be reached by whoever controls it.
 #[derive(Clone)]
-pub struct MachineAddress(pub(super) Sender<MachineMessage>);
+pub struct MachineAddress {
+    sender: Sender<MachineMessage>,
+    /// For the end, when nobody else takes anything out.
+    messages: Receiver<MachineMessage>,
+    closed: Arc<AtomicBool>,
+}
 
 impl Inbox {
     /// An empty mailbox.
     pub fn new() -> Inbox {
-        let (sender, receiver) = bounded(MAILBOX);
-        Inbox { sender, receiver }
+        let (sender, messages) = bounded(MAILBOX);
+        let closed = Arc::new(AtomicBool::new(false));
+        Inbox {
+            sender,
+            mailbox: Mailbox { messages, closed },
+        }
     }
 
     /// Where it can be reached.
     pub fn address(&self) -> MachineAddress {
-        MachineAddress(self.sender.clone())
+        self.mailbox.address(&self.sender)
     }
 }
 
@@ -114,8 +166,13 @@ impl MachineAddress {
     pub fn request(&self, command: Command, reply: Reply) {
         // What cannot be sent is dropped, and the reply with it.
         let _ = self
-            .0
+            .sender
             .try_send(MachineMessage::Request(Request { command, reply }));
+        // See `Mailbox`.
+        fence(Ordering::SeqCst);
+        if self.closed.load(Ordering::Relaxed) {
+            empty(&self.messages);
+        }
     }
 
     /// Asks and waits for the answer. For tests and tools, which may.
@@ -137,9 +194,16 @@ mod tests {
         let waiting = address.clone();
         let asker = std::thread::spawn(move || waiting.ask(Command::Pause));
         // Taken and dropped, or never taken: both are answered.
-        drop(inbox.receiver.recv());
+        drop(inbox.mailbox.recv());
         assert_eq!(asker.join().unwrap(), Answer::Gone);
+        // Left in it at the end.
+        let waiting = address.clone();
+        let asker = std::thread::spawn(move || waiting.ask(Command::Pause));
+        while inbox.mailbox.is_empty() {
+            std::thread::yield_now();
+        }
         drop(inbox);
+        assert_eq!(asker.join().unwrap(), Answer::Gone);
         assert_eq!(address.ask(Command::Stop), Answer::Gone);
     }
 }

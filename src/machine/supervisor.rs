@@ -7,7 +7,7 @@ use super::dispatch::{Actors, BigLock, Channels, DeviceLocks, Discipline, Dispat
 use super::memory::{self, MemoryConfig, MemoryError};
 use super::outcome::Outcome;
 use super::platform::{NoPlatform, Platform};
-use super::request::Inbox;
+use super::request::{Inbox, Mailbox};
 use super::state::State;
 use super::vm::{Vm, VmError};
 use super::{MachineMessage, cpuid::Topology};
@@ -24,7 +24,7 @@ use crate::host::console::{self, Console, ConsoleError, ConsoleKind};
 use crate::host::events::{self, CharacterDevice, EventLoop, Signals, TimedDevice};
 use crate::vcpu::backend::Backend;
 use crate::vcpu::kick;
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::Sender;
 use slog::{Logger, debug, info};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32};
@@ -279,7 +279,7 @@ where
         console.begin();
     }
 
-    let Inbox { sender, receiver } = inbox;
+    let Inbox { sender, mailbox } = inbox;
     let clock = Clock::new();
     let waker = Arc::new(EventFd::new(libc::EFD_NONBLOCK)?);
     let raw = events::take_terminal(&console);
@@ -309,7 +309,7 @@ where
         clock,
         waker,
         sender,
-        mailbox: receiver,
+        mailbox,
         debugger,
         on_reset: config.on_reset,
         deadline: config.timeout.map(|limit| Instant::now() + limit),
@@ -349,7 +349,7 @@ struct Assembly<B> {
     clock: Clock,
     waker: Waker,
     sender: Sender<MachineMessage>,
-    mailbox: Receiver<MachineMessage>,
+    mailbox: Mailbox,
     deadline: Option<Instant>,
     memory_bytes: u64,
     log: Logger,
