@@ -26,5 +26,6 @@ pub mod gdb;
 pub mod guests;
 pub mod host;
 pub mod machine;
+pub(crate) mod simulation;
 pub mod thread;
 pub mod vcpu;

@@ -18,5 +18,5 @@ pub fn spawn<T: Send + 'static>(
     Builder::new()
         .name(name.into())
         .stack_size(STACK_BYTES)
-        .spawn(body)
+        .spawn(crate::simulation::enrol(body))
 }

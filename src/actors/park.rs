@@ -61,6 +61,9 @@ impl Futex {
     /// Sleeps unless the word differs from `value`. May return for no reason; the caller looks again.
     #[cfg(not(loom))]
     pub(crate) fn wait(&self, value: u32) {
+        if crate::simulation::waited(|| self.word.load(Ordering::Relaxed) != value) {
+            return;
+        }
         // SAFETY: FUTEX_WAIT reads one aligned 32-bit word, which `&self` keeps alive, and a null timeout means
         // "none". A failure (EAGAIN, EINTR) means only that the caller must look again, which it does anyway.
         unsafe {

@@ -73,6 +73,15 @@ impl EventLoopHandle {
         }
     }
 
+    /// Of a loop that somebody else plays: gets the order to stop, and tells when it has.
+    #[cfg(all(test, not(loom)))]
+    pub(crate) fn played(waker: Waker) -> (EventLoopHandle, impl Fn() -> bool, Sender<()>) {
+        let (orders, inbox) = bounded(1);
+        let (tell, ended) = bounded(1);
+        let handle = EventLoopHandle { orders, waker, ended };
+        (handle, move || !inbox.is_empty(), tell)
+    }
+
     /// Gets one message when the loop has ended.
     pub fn ended(&self) -> &Receiver<()> {
         &self.ended

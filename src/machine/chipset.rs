@@ -127,7 +127,7 @@ impl Chipset {
     /// # Errors
     /// From `lines`.
     pub fn new<L: Lines>(
-        config: ChipsetConfig,
+        config: &ChipsetConfig,
         console: Console,
         debug_console: Console,
         lines: &L,
@@ -184,9 +184,29 @@ impl Chipset {
             timed: Vec::new(),
         };
         for part in parts {
-            chipset.add(part, &config);
+            chipset.add(part, config);
         }
         Ok(chipset)
+    }
+
+    /// One more device, for tests.
+    #[cfg(all(test, not(loom)))]
+    pub(super) fn add_device(
+        &mut self,
+        device: Box<dyn Device>,
+        base: u16,
+        claims: &'static [Claim],
+        config: &ChipsetConfig,
+    ) {
+        let part = Part {
+            device,
+            base,
+            claims,
+            line: None,
+            console: None,
+            timed: false,
+        };
+        self.add(part, config);
     }
 
     fn add(&mut self, part: Part, config: &ChipsetConfig) {

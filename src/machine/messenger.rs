@@ -95,7 +95,7 @@ impl<C: Courier> Messenger<C> {
         let (slots, jobs) = (self.slots.clone(), self.jobs.1.clone());
         let work = move || {
             let _rank = RankGuard::enter(Rank::Vcpu);
-            for device in jobs {
+            while let Ok(device) = crate::simulation::receive(&jobs) {
                 slots[device].deliver();
             }
         };

@@ -10,6 +10,7 @@
 //! | `messenger.rs` | brings lifecycle messages to devices, so that the machine actor is never stuck in one |
 //! | `platform.rs` | what is neither a vCPU nor a device, to be stopped and reset |
 //! | `outcome.rs` | how a machine ends, and the exit status for it |
+//! | `simulated.rs` | whole machines on a seeded scheduler: a test |
 //! | `chipset.rs` | which devices there are, where, and what they are connected to |
 //! | `dispatch.rs` | how vCPUs and the event loop reach the devices: actors, or a baseline |
 //! | `vm.rs` | the KVM side: memory slots, interrupt controllers, vCPUs before they run |
@@ -26,6 +27,8 @@ mod messenger;
 pub mod outcome;
 pub mod platform;
 pub mod request;
+#[cfg(all(test, not(loom)))]
+mod simulated;
 pub mod state;
 pub mod supervisor;
 pub mod vm;

@@ -294,7 +294,7 @@ where
         machine: sender.clone(),
         delay: config.delay,
     };
-    let mut chipset = Chipset::new(chipset_config, console, debug_console, lines)?;
+    let mut chipset = Chipset::new(&chipset_config, console, debug_console, lines)?;
     let answered = chipset
         .devices
         .iter()

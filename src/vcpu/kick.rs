@@ -136,7 +136,10 @@ impl<S: Signal> KickReceiver<S> {
             #[cfg(loom)]
             loom::thread::yield_now();
             #[cfg(not(loom))]
-            std::thread::yield_now();
+            {
+                crate::simulation::point();
+                std::thread::yield_now();
+            }
         }
     }
 }
@@ -163,6 +166,7 @@ impl Default for ThreadSignal {
 
 impl Signal for ThreadSignal {
     fn send(&self) {
+        crate::simulation::point();
         // Relaxed: the mark that led here saw the vCPU inside, and so what it did before it went in.
         let tid = self.tid.load(std::sync::atomic::Ordering::Relaxed);
         // A real-time signal is queued, and the queue has a limit that other processes of the user fill too

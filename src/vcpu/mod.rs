@@ -26,6 +26,7 @@ mod watched;
 use crate::actors::{Lifecycle, Rank, RankGuard};
 use crate::boot::EntryPoint;
 use crate::devices::Direction;
+use crate::simulation::{Planted, planted, point, receive};
 use backend::{Backend, ResetError, RunError};
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use debug::{Arming, DebugRequest, DebugStop, Mode};
@@ -183,8 +184,15 @@ impl VcpuHandle {
     /// Sends a message and makes the vCPU look at it. Never waits. `false`: the mailbox is full or the vCPU gone.
     pub fn send(&self, message: VcpuMessage) -> bool {
         // Message first, kick second: whoever sees the kick sees the message.
+        if planted(Planted::KickFirst) {
+            self.kick.kick();
+            point();
+        }
         let sent = self.mailbox.try_send(message).is_ok();
-        self.kick.kick();
+        point();
+        if !planted(Planted::NoKick) && !planted(Planted::KickFirst) {
+            self.kick.kick();
+        }
         sent
     }
 
@@ -304,7 +312,7 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
     /// READY, PAUSED, or halted for good: sleeps until a message changes that.
     fn wait(&mut self) -> State {
         loop {
-            match self.inbox.mailbox.recv() {
+            match receive(&self.inbox.mailbox) {
                 // The debugger may want it to stay where it is while others go on.
                 Ok(VcpuMessage::Lifecycle(Lifecycle::Start | Lifecycle::Resume)) => {
                     if self.arming.mode != Mode::Hold {
@@ -384,6 +392,9 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
     /// No access of this vCPU is half done: its posts are handled, and the exit that was handled last is completed
     /// in the guest by a run that may not enter it. [KVM api: immediate_exit]
     fn settle(&mut self) {
+        if planted(Planted::Unsettled) {
+            return;
+        }
         self.bus.settle();
         let flag = self.backend.immediate_exit();
         // SAFETY: see `run`.
@@ -418,7 +429,7 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
             return None;
         }
         loop {
-            match self.inbox.mailbox.recv() {
+            match receive(&self.inbox.mailbox) {
                 // The halt is over when the machine says so: it goes on behind the HLT, as after an interrupt.
                 Ok(VcpuMessage::Lifecycle(Lifecycle::Start | Lifecycle::Resume)) => return None,
                 Ok(VcpuMessage::Lifecycle(Lifecycle::Pause)) => {
