@@ -254,7 +254,7 @@ fn the_same_guest_runs_in_any_program_that_a_template_names() {
     for row in &rows {
         assert_eq!(
             row["latencies"].as_u64().unwrap(),
-            500 * row["vcpus"].as_u64().unwrap(),
+            250 * row["vcpus"].as_u64().unwrap(),
             "{row}"
         );
     }

@@ -13,7 +13,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 /// Requests that wait for one device: as many as a lane of ours has, for the comparison's sake.
 const REQUESTS: usize = 32;
 
-/// How long an asker looks for its reply before it sleeps, if it was told to spin.
+/// How often an asker looks for its reply, and a device's thread for a request, before it sleeps, if told to spin.
 const SPINS: u32 = 2000;
 
 /// A message, and where the reply goes if one is wanted.
@@ -26,15 +26,32 @@ struct Request {
 #[derive(Clone)]
 pub struct ChannelAddress(Sender<Request>);
 
-/// Starts a device's thread. It ends when all senders are gone.
+/// Looks for a message up to [`SPINS`] times, then sleeps for it. `None`: all senders are gone.
+#[inline]
+fn spin_for<T>(messages: &Receiver<T>) -> Option<T> {
+    for _ in 0..SPINS {
+        if let Ok(message) = messages.try_recv() {
+            return Some(message);
+        }
+        spin_loop();
+    }
+    messages.recv().ok()
+}
+
+/// Starts a device's thread. It ends when all senders are gone. `spin`: it looks for a while before it sleeps. An asker
+/// that spins gains nothing from it if the other side must be woken.
 ///
 /// # Errors
 /// When the host gives no more threads.
-pub fn start(mut shell: Shell, name: &str) -> std::io::Result<ChannelAddress> {
+pub fn start(mut shell: Shell, name: &str, spin: bool) -> std::io::Result<ChannelAddress> {
     let (sender, requests): (_, Receiver<Request>) = bounded(REQUESTS);
     crate::thread::spawn(format!("dev:{name}"), move || {
         let mut alive = true;
-        for Request { message, reply } in requests {
+        let next = || match spin {
+            true => spin_for(&requests),
+            false => requests.recv().ok(),
+        };
+        while let Some(Request { message, reply }) = next() {
             // A device that panicked drives nothing, as everywhere.
             let turn = AssertUnwindSafe(|| shell.handle(message));
             let value = if alive { catch_unwind(turn).ok() } else { None };
@@ -78,15 +95,10 @@ impl ChannelReach {
                 reply: Some(self.reply.clone()),
             })
             .ok()?;
-        if self.spin {
-            for _ in 0..SPINS {
-                if let Ok(value) = self.replies.try_recv() {
-                    return Some(value);
-                }
-                spin_loop();
-            }
+        match self.spin {
+            true => spin_for(&self.replies),
+            false => self.replies.recv().ok(),
         }
-        self.replies.recv().ok()
     }
 }
 

@@ -162,7 +162,8 @@ impl Drop for Running {
     }
 }
 
-/// A socket that takes a byte every [`AGAINST_SLOW`] from whoever connects, until this is dropped.
+/// A socket that takes a byte every two [`AGAINST_SLOW`] from whoever connects, until this is dropped. The guest is half
+/// of the time elsewhere, so it finds the socket full for [`AGAINST_SLOW`].
 struct SlowReader {
     path: PathBuf,
     stop: Option<Sender<()>>,
@@ -179,7 +180,7 @@ impl SlowReader {
             };
             let mut byte = [0];
             while let Ok(1) = stream.read(&mut byte)
-                && let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(AGAINST_SLOW)
+                && let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(2 * AGAINST_SLOW)
             {}
         })?;
         Ok(SlowReader {

@@ -111,30 +111,43 @@ fn channels(results: &Results) -> String {
     let Some(group) = results.groups.iter().find(idle) else {
         return String::new();
     };
-    let of = |dispatch| {
-        let series = group.of(Contestant::of(dispatch))?;
+    let rows = [
+        (
+            "a channel and a thread a device",
+            Dispatch::Channel { spin: false },
+        ),
+        (
+            "the same, both sides look before they sleep",
+            Dispatch::Channel { spin: true },
+        ),
+        ("the actor: the turn runs on the vCPU's thread", Dispatch::Actor),
+    ];
+    let mut table = row(
+        ["", "p50", "a second", "sleeps", "yields"].map(String::from),
+        "th",
+    );
+    for (what, dispatch) in rows {
+        let Some(series) = group.of(Contestant::of(dispatch)) else {
+            return String::new();
+        };
         let value = |value: fn(&Row) -> f64| median(&series.values(value));
-        Some((value(|row| row.p50_ns), value(|row| row.sleeps)))
-    };
-    let naive = of(Dispatch::Channel { spin: false });
-    let spin = of(Dispatch::Channel { spin: true });
-    let (Some(actor), Some(naive), Some(spin)) = (of(Dispatch::Actor), naive, spin) else {
-        return String::new();
-    };
+        let cells = [
+            what.to_string(),
+            prose(&show_ns(value(|row| row.p50_ns))),
+            report::show_rate(value(|row| row.ops_per_s)),
+            format!("{:.3}", value(|row| row.sleeps)),
+            format!("{:.3}", value(|row| row.yields)),
+        ];
+        table += &row(cells, "td");
+    }
     format!(
-        "<h2>Why a thread a device is slow</h2>\n<p>With a thread and a channel a device, an access to an idle device \
-         takes {} in the median, and threads of the process go to sleep {:.2} times for it (voluntary context switches, \
-         by getrusage): the vCPU sleeps until its reply is there, the device's thread until the next request. Each sleep \
-         is a futex call on one side and another one that wakes on the other, a trip through the scheduler, and, where \
-         the other processor idled, its way out of that. If the asker looks for a while before it sleeps \
-         (<i>channel:spin</i>): {}, {:.2} sleeps. The actor's turn runs on the vCPU's own thread: {}, {:.4} sleeps. The \
-         handler is the same in all three, and so is what a message holds; what differs is who has to be woken.</p>\n",
-        prose(&show_ns(naive.0)),
-        naive.1,
-        prose(&show_ns(spin.0)),
-        spin.1,
-        prose(&show_ns(actor.0)),
-        actor.1
+        "<h2>Why a thread a device is slow</h2>\n<p>One access to an idle device; sleeps and yields are what all threads \
+         of the process did for it, in the mean (voluntary and other context switches, by getrusage). With a thread a \
+         device, the vCPU cannot go on until the device's thread has run, nor that until the vCPU has sent: two threads \
+         that are never ready at once. Each change from one to the other goes through the scheduler, as a sleep with a \
+         futex call to wait and one to wake, or as a yield, which the channel tries first; where the other processor \
+         idles it must wake up, too. If both look instead, the processors pass two cache lines to and fro, and each such \
+         device takes a whole processor. The handler and the message are the same in all.</p>\n<table>{table}</table>\n"
     )
 }
 

@@ -226,6 +226,12 @@ fn lengths(load: &Load, quick: bool) -> Lengths {
         (false, false) => (1_000, 1_000),
         (false, true) => (200, 4_000),
     };
+    // What a program of its own prints is an exit a digit.
+    let timed = if load.programs.is_empty() {
+        timed
+    } else {
+        timed / 2
+    };
     Lengths {
         rounds,
         throughput: Duration::from_millis(throughput),
@@ -336,6 +342,8 @@ pub struct Repetition {
     pub waited: f64,
     /// How often a thread went to sleep, per access.
     pub sleeps: f64,
+    /// How often one lost its processor otherwise, per access.
+    pub yields: f64,
     /// In ticks.
     pub latency: Histogram<u64>,
     /// Queued, served, replied, in ticks, where that is told apart.
@@ -348,6 +356,7 @@ impl Repetition {
         let waited = waited.sum::<f64>() / (rates.len() + latencies.len()) as f64;
         let middle = |value: fn(&Sample) -> f64| stats::median(&rates.iter().map(value).collect::<Vec<_>>());
         let (ops_per_s, sleeps) = (middle(|sample| sample.ops_per_s), middle(|sample| sample.sleeps));
+        let yields = middle(|sample| sample.yields);
         let mut latency = rig::histogram();
         let mut parts: Option<[Histogram<u64>; 3]> = None;
         for sample in latencies {
@@ -365,6 +374,7 @@ impl Repetition {
             ops_per_s,
             waited,
             sleeps,
+            yields,
             latency,
             parts,
         }

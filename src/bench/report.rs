@@ -58,6 +58,8 @@ pub struct Row {
     /// How often a thread of this process went to sleep, per access: 0 where nobody waits, 2 where an access goes to a
     /// thread and back. Counted for scripted vCPUs.
     pub sleeps: f64,
+    /// How often one that could run lost its processor or gave it up (`sched_yield`), per access; the same.
+    pub yields: f64,
     /// From leaving the guest to the begin of the handler, where that is told apart (`split`).
     pub queued_p50_ns: Option<f64>,
     /// 99th percentile.
@@ -81,7 +83,7 @@ pub struct Row {
 }
 
 /// The names in [`Row`], in the order of a CSV file.
-pub const COLUMNS: [&str; 32] = [
+pub const COLUMNS: [&str; 33] = [
     "experiment",
     "source",
     "who",
@@ -104,6 +106,7 @@ pub const COLUMNS: [&str; 32] = [
     "latencies",
     "waited",
     "sleeps",
+    "yields",
     "queued_p50_ns",
     "queued_p99_ns",
     "queued_p999_ns",
@@ -157,6 +160,7 @@ impl Row {
             latencies: latency.len(),
             waited: (repeated.waited * 1e4).round() / 1e4,
             sleeps: (repeated.sleeps * 1e4).round() / 1e4,
+            yields: (repeated.yields * 1e4).round() / 1e4,
             queued_p50_ns: part(0, 0.5),
             queued_p99_ns: part(0, 0.99),
             queued_p999_ns: part(0, 0.999),
@@ -417,6 +421,7 @@ pub(super) mod tests {
                 ops_per_s: 1e9 / (100 + 10 * n) as f64,
                 waited: 0.0,
                 sleeps: 0.0,
+                yields: 0.0,
                 parts: group.load.split.then(|| [(); 3].map(|()| latency.clone())),
                 latency,
             };

@@ -56,6 +56,8 @@ pub struct Sample {
     pub waited: f64,
     /// How often a thread of this process went to sleep, per access.
     pub sleeps: f64,
+    /// How often one that could run lost its processor, or gave it up, per access.
+    pub yields: f64,
     /// How long each was queued, served and replied, in ticks, where that is told apart.
     pub parts: Option<[Histogram<u64>; 3]>,
 }
@@ -68,15 +70,22 @@ impl Sample {
             latency: histogram(),
             waited: 0.0,
             sleeps: 0.0,
+            yields: 0.0,
             parts: None,
         }
     }
 }
 
-/// How often threads of this process have gone to sleep by themselves so far. [getrusage(2): ru_nvcsw]
-fn sleeps() -> i64 {
+/// How often threads of this process have gone to sleep by themselves so far, and how often they have lost their
+/// processor otherwise. [getrusage(2): ru_nvcsw, ru_nivcsw]
+fn switches() -> (i64, i64) {
     use nix::sys::resource::{UsageWho, getrusage};
-    getrusage(UsageWho::RUSAGE_SELF).map_or(0, |usage| usage.voluntary_context_switches())
+    getrusage(UsageWho::RUSAGE_SELF).map_or((0, 0), |usage| {
+        (
+            usage.voluntary_context_switches(),
+            usage.involuntary_context_switches(),
+        )
+    })
 }
 
 /// Nanoseconds that this thread has waited for a processor so far; 0 where the host does not say.
@@ -430,12 +439,13 @@ impl Rig<'_> {
             })?);
         }
         std::thread::sleep(self.duration / 10);
-        let (start, slept) = (ticks(), sleeps());
+        let (start, (slept, yielded)) = (ticks(), switches());
         phase.0.store(MEASURED, Ordering::Relaxed);
         std::thread::sleep(self.duration);
         phase.0.store(OVER, Ordering::Relaxed);
-        // Less the one above.
-        let slept = (sleeps() - slept - 1).max(0);
+        let now = switches();
+        // Less the sleep above.
+        let (slept, yielded) = ((now.0 - slept - 1).max(0), now.1 - yielded);
         let elapsed = self.scale.ns((ticks() - start) as f64);
         let (mut ops, mut waited, mut latency) = (0, 0, histogram());
         let mut parts = load.split.then(|| [(); 3].map(|()| histogram()));
@@ -464,6 +474,7 @@ impl Rig<'_> {
             latency,
             waited: waited as f64 / (elapsed * load.vcpus as f64),
             sleeps: slept as f64 / ops.max(1) as f64,
+            yields: yielded as f64 / ops.max(1) as f64,
             parts,
         })
     }

@@ -30,7 +30,7 @@ pub enum Dispatch {
     /// Messages to actors with a run token.
     #[default]
     Actor,
-    /// A thread a device, and channels. `spin`: an asker looks for its reply before it sleeps.
+    /// A thread a device, and channels. `spin`: both sides look before they sleep.
     Channel {
         /// Whether to look before sleeping.
         spin: bool,
@@ -275,7 +275,7 @@ impl Channels {
     pub fn new(set: impl Into<DeviceSet>, spin: bool) -> io::Result<Channels> {
         let set = set.into();
         let devices = set.devices.into_iter();
-        let devices = devices.map(|(name, shell)| channel::start(shell, name));
+        let devices = devices.map(|(name, shell)| channel::start(shell, name, spin));
         Ok(Channels {
             devices: devices.collect::<io::Result<_>>()?,
             routes: set.routes,

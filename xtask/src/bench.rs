@@ -17,6 +17,27 @@ const CMDLINE: &str = "console=ttyS0 quiet reboot=t panic=-1";
 /// The one whose time is 1.00, if it is among them; otherwise it is the first.
 const REFERENCE: Contender = Contender::Microvm;
 
+/// Far more than a hundred million asks take.
+const STRESS_LIMIT: Duration = Duration::from_secs(3600);
+
+/// The long run of `tests/stress.rs`, optimised.
+pub fn stress() -> Result<bool> {
+    let mut command = std::process::Command::new(env!("CARGO"));
+    command
+        .args([
+            "test",
+            "--release",
+            "--locked",
+            "--test",
+            "stress",
+            "--",
+            "--ignored",
+            "--nocapture",
+        ])
+        .current_dir(crate::paths::root());
+    Ok(crate::process::run_limited(&mut command, STRESS_LIMIT)?.success())
+}
+
 #[derive(clap::Args)]
 pub struct Args {
     /// Boots of each VMM, taken in turns

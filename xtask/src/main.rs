@@ -46,6 +46,8 @@ enum Task {
 enum Bench {
     /// Time from exec to the guest's /init and memory outside guest RAM, against QEMU's microvm
     Boot(bench::Args),
+    /// A hundred million asks from many senders under every placement: none lost, none doubled
+    Stress,
 }
 
 fn main() -> ExitCode {
@@ -66,5 +68,6 @@ fn run(task: Task) -> Result<bool> {
         Task::Test(args) => test::run(&args),
         Task::EmulatedHost(args) => emulated_host::run(&args),
         Task::Bench(Bench::Boot(args)) => bench::run(&args),
+        Task::Bench(Bench::Stress) => bench::stress(),
     }
 }
