@@ -36,7 +36,8 @@ impl PowerOn {
         Ok(PowerOn {
             regs: fd.get_regs()?,
             sregs: fd.get_sregs()?,
-            xcrs: fd.get_xcrs().ok(),
+            // A host without XSAVE tells of none, and refuses to set none. [KVM api: KVM_GET_XCRS]
+            xcrs: fd.get_xcrs().ok().filter(|xcrs| xcrs.nr_xcrs > 0),
             xsave: fd.get_xsave().ok().map(Box::new),
             lapic: fd.get_lapic().ok().map(Box::new),
             msrs: read_msrs(fd, msrs),
