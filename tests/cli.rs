@@ -272,6 +272,35 @@ fn a_placement_of_no_device_lists_the_devices() {
 }
 
 #[test]
+fn disks_that_cannot_be_are_refused_before_anything_is_made() {
+    let place = Place::with_kernel(guest::exit());
+    std::fs::write(place.path().join("odd"), [0; 700]).unwrap();
+    std::fs::write(place.path().join("disk"), [0; 1024]).unwrap();
+    for (words, said) in [
+        (
+            "--disk path=nowhere",
+            &["--disk path=nowhere", "cannot be opened for writing"][..],
+        ),
+        ("--disk path=odd", &["--disk path=odd", "not a multiple of 512"]),
+        ("--disk path=.,ro", &["--disk path=.", "neither a regular file"]),
+        (
+            "--disk path=disk --disk path=disk,ro",
+            &["--disk path=disk", "another program uses it"],
+        ),
+    ] {
+        let ended = place.run(&format!("run --kernel k {words}"));
+        assert_refused(&ended, BAD_INPUT, said);
+    }
+    for (words, said) in [
+        ("--disk odd", &["--disk", "no key 'odd'"][..]),
+        ("--disk path=disk,queues=99", &["--disk", "queues=99", "1 to 16"]),
+        ("--notify pigeon", &["--notify", "eventfd and message"]),
+    ] {
+        assert_usage(&place.run(&format!("run --kernel k {words}")), said);
+    }
+}
+
+#[test]
 fn more_memory_than_the_host_has_is_one_error_and_no_oom_kill() {
     // The most that the command line lets through; no machine that runs tests has it.
     let ended = Place::with_kernel(guest::exit()).run("run --kernel k --memory 16T");

@@ -41,6 +41,7 @@ fn config(cpus: usize) -> MachineConfig {
         console: ConsoleKind::Off,
         debug_console: ConsoleKind::Off,
         delay: None,
+        virtio: Default::default(),
         timeout: Some(LIMIT),
         gdb: None,
         on_reset: OnReset::Exit,

@@ -56,6 +56,7 @@ impl Machine {
             console: ConsoleKind::File(console.clone()),
             debug_console: ConsoleKind::Off,
             delay: None,
+            virtio: Default::default(),
             timeout: Some(LIMIT),
             on_reset: OnReset::Exit,
         };

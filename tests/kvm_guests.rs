@@ -401,6 +401,7 @@ fn machine_of_one(name: &str, irqchip: bool) -> (Vm, kvm_ioctls::VcpuFd, Machine
         console: ConsoleKind::Off,
         debug_console: ConsoleKind::Off,
         delay: None,
+        virtio: Default::default(),
         timeout: Some(Duration::from_millis(300)),
         gdb: None,
         on_reset: OnReset::Exit,

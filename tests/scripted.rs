@@ -147,6 +147,7 @@ fn run_sources<S: Source + 'static, L: Lines<Error = StartError>>(sources: Vec<S
         console: ConsoleKind::File(file.0.clone()),
         debug_console: ConsoleKind::Off,
         delay: None,
+        virtio: Default::default(),
         timeout: Some(given.timeout),
         gdb: None,
         on_reset: OnReset::Exit,

@@ -6,7 +6,7 @@
 
 use crate::devices::acpi_pm::SLP_TYP_S5;
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Name, PackageBuilder, Path, ResourceTemplate, Scope,
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, PackageBuilder, Path, ResourceTemplate, Scope,
 };
 use acpi_tables::facs::FACS;
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
@@ -39,6 +39,21 @@ pub struct AcpiConfig {
     pub i8042: bool,
     /// pvpanic.
     pub pvpanic: bool,
+    /// Virtio devices behind virtio-mmio.
+    pub virtio: Vec<VirtioMmio>,
+}
+
+/// A virtio-mmio device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VirtioMmio {
+    /// Where its registers are.
+    pub address: u32,
+    /// How many bytes of them.
+    pub bytes: u32,
+    /// Its interrupt.
+    pub gsi: u32,
+    /// Edge-triggered; else level-triggered.
+    pub edge: bool,
 }
 
 impl AcpiConfig {
@@ -51,6 +66,7 @@ impl AcpiConfig {
             rtc: true,
             i8042: false,
             pvpanic: true,
+            virtio: Vec::new(),
         }
     }
 }
@@ -312,6 +328,21 @@ fn dsdt(config: &AcpiConfig) -> Vec<u8> {
         let resources = [aml(&IO::new(io::PVPANIC, io::PVPANIC, 1, 1))];
         device(&mut bus, "PEVT", &"QEMU0001", 0, &resources);
     }
+    for (uid, virtio) in config.virtio.iter().enumerate() {
+        // Active high, not shared.
+        let resources = [
+            aml(&Memory32Fixed::new(true, virtio.address, virtio.bytes)),
+            aml(&Interrupt::new(true, virtio.edge, false, false, virtio.gsi)),
+        ];
+        // The ID that Linux's virtio-mmio driver is known by.
+        device(
+            &mut bus,
+            &format!("VR{uid:02X}"),
+            &"LNRO0005",
+            uid as u8,
+            &resources,
+        );
+    }
     for uid in 0..config.apic_ids.len() {
         let hid = Name::new("_HID".into(), &"ACPI0007");
         let uid_name = Name::new("_UID".into(), &(uid as u32));
@@ -546,7 +577,16 @@ mod tests {
             std::path::PathBuf::from,
         );
         std::fs::create_dir_all(&directory).unwrap();
-        let memory = memory_with(&AcpiConfig::new((0..3).chain([255, 256]).collect()));
+        let virtio = |address, gsi, edge| VirtioMmio {
+            address,
+            bytes: 0x1000,
+            gsi,
+            edge,
+        };
+        let memory = memory_with(&AcpiConfig {
+            virtio: vec![virtio(0xfeb0_0000, 16, true), virtio(0xfeb0_1000, 5, false)],
+            ..AcpiConfig::new((0..3).chain([255, 256]).collect())
+        });
         for signature in [b"FACP", b"APIC", b"DSDT", b"FACS"] {
             let name = std::str::from_utf8(signature).unwrap();
             std::fs::write(directory.join(format!("{name}.dat")), find(&memory, signature)).unwrap();
@@ -577,6 +617,8 @@ mod tests {
             "PNP0B00",
             "QEMU0001",
             "ACPI0007",
+            "LNRO0005",
+            "0xFEB01000",
             "Name (\\_S5",
             "0x0505",
         ] {

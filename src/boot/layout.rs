@@ -6,6 +6,7 @@
 //! 0x0000_000e_0000  ACPI tables (RSDP first), reserved in the E820 map
 //! 0x0000_0010_0000  RAM: kernels from 1 MiB up, the initrd at the top of RAM below the hole
 //! 0x0000_c000_0000  PCI hole: RAM that does not fit below continues at 4 GiB
+//! 0x0000_feb0_0000  virtio-mmio devices, a page each
 //! 0x0000_fec0_0000  IOAPIC
 //! 0x0000_fee0_0000  local APICs
 //! 0x0001_0000_0000  RAM above 4 GiB
@@ -42,6 +43,11 @@ pub const HIMEM: u64 = 0x10_0000;
 pub const PCI_HOLE: u64 = 0xc000_0000;
 /// Where RAM above the PCI hole starts.
 pub const RAM_ABOVE_4G: u64 = 0x1_0000_0000;
+/// The first virtio-mmio device; the next follow, [`crate::virtio::mmio::WINDOW_BYTES`] each.
+pub const VIRTIO_MMIO: u64 = 0xfeb0_0000;
+/// The interrupts of virtio devices, by their places: those of the I/O APIC that no PC has, then those of ISA that
+/// nothing here uses.
+pub const VIRTIO_GSIS: [u32; 16] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 10, 11, 12, 14, 15];
 /// I/O APIC.
 pub const IOAPIC: u64 = 0xfec0_0000;
 /// Local APIC.

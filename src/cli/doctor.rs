@@ -43,6 +43,7 @@ fn try_probe(probe: &Probe) -> Verdict {
         console: ConsoleKind::Off,
         debug_console: ConsoleKind::Off,
         delay: None,
+        virtio: Default::default(),
         timeout: Some(PROBE_LIMIT),
         gdb: None,
         on_reset: OnReset::Exit,

@@ -12,6 +12,9 @@ use crate::machine::dispatch::Dispatch;
 use crate::machine::memory::{Backing, MemoryConfig, parse_size};
 use crate::machine::outcome::status;
 use crate::machine::supervisor::{self, Guest, MAX_CPUS, MachineConfig, OnReset};
+use crate::virtio::Notify;
+use crate::virtio::block::DiskConfig;
+use crate::virtio::config::VirtioConfig;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use slog::{Level, info};
 use std::error::Error;
@@ -89,6 +92,15 @@ struct Run {
     /// Adds a port (0xea0) whose accesses take so many seconds, to measure what a slow device does to the others
     #[arg(long, value_name = "SECS", hide = true, value_parser = parse_seconds)]
     delay_port: Option<Duration>,
+    /// A disk: path=FILE, and what else of ro, queues=N, serial=TEXT; may be repeated (in the guest: vda, vdb, …)
+    #[arg(long, value_name = "path=FILE,…")]
+    disk: Vec<DiskConfig>,
+    /// An entropy device, fed from the host's /dev/urandom
+    #[arg(long)]
+    rng: bool,
+    /// How virtio devices and their drivers notify each other: eventfd (without leaving the kernel), or message
+    #[arg(long, value_name = "WAY", default_value = "eventfd")]
+    notify: Notify,
     /// How much is told on stderr
     #[arg(long, value_enum, default_value_t = LogLevel::Info)]
     log_level: LogLevel,
@@ -218,6 +230,11 @@ impl Run {
             console: self.console.clone(),
             debug_console: self.debug_console.clone(),
             delay: self.delay_port,
+            virtio: VirtioConfig {
+                disks: self.disk.clone(),
+                rng: self.rng,
+                notify: self.notify,
+            },
             timeout: self.timeout,
             gdb: self.gdb.clone(),
             on_reset: match self.on_reset {

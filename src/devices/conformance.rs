@@ -33,6 +33,8 @@ const DEVICES: &[Subject] = &[
     (|| Box::new(pvpanic::Pvpanic::new()), &[0]),
     // The address decodes as a whole dword only.
     (|| Box::new(pci_config::PciConfig::new()), &[]),
+    // Registers decode as whole dwords only.
+    (|| Box::new(crate::virtio::testing::mmio(false).0), &[]),
 ];
 
 /// One thing that can happen to a device.

@@ -20,7 +20,7 @@
 //! | PCI configuration, empty bus | 0xcf8 to 0xcff | | [`pci_config`] |
 //! | delay, for measurements, only when asked for | 0xea0 | | [`delay`] |
 //!
-//! The numbers are in [`crate::boot::layout::io`]. Each file has `CLAIMS`: the ranges to route to the device, as offsets
+//! Virtio devices are in [`crate::virtio`]. The numbers are in [`crate::boot::layout::io`]. Each file has `CLAIMS`: the ranges to route to the device, as offsets
 //! from its base port there. [`Access::offset`] counts from that base in all of them, so a device with two ranges sees
 //! its second at the offset that it has in `CLAIMS`.
 
@@ -132,6 +132,31 @@ pub trait Context {
     fn request(&mut self, request: MachineRequest);
 }
 
+/// What an actor behind a device (a disk's queue) tells its register side.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum BackendEvent {
+    /// A buffer was used and the driver wants to know. Only when interrupts go by message.
+    Used,
+    /// A queue cannot be served any more.
+    Broken,
+}
+
+/// The same with the life of the device that it belongs to: news from before a reset are nobody's.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BackendNews {
+    /// As given with the start.
+    pub life: u32,
+    /// What happened.
+    pub event: BackendEvent,
+}
+
+impl BackendNews {
+    /// The event of a life.
+    pub fn new(life: u32, event: BackendEvent) -> BackendNews {
+        BackendNews { life, event }
+    }
+}
+
 /// How an access may reach its device. The default is [`AccessClass::Ask`]; everything else is opted into per
 /// register, with the reason beside it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
@@ -210,6 +235,20 @@ pub trait Device: Send {
 
     /// There is room for [`Context::transmit`] again.
     fn output_ready(&mut self, _cx: &mut dyn Context) {}
+
+    /// An actor behind the device has something to tell.
+    fn backend_news(&mut self, _cx: &mut dyn Context, _news: BackendNews) {}
+
+    /// How many actors behind the device post to it.
+    fn backends(&self) -> usize {
+        0
+    }
+
+    /// Guest time stands still. When this returns, nobody behind the device touches guest memory.
+    fn pause(&mut self, _cx: &mut dyn Context) {}
+
+    /// Guest time goes on.
+    fn resume(&mut self, _cx: &mut dyn Context) {}
 
     /// Back to the state after power-on. What the host side holds (bytes typed but not read) is not the device's
     /// and stays.

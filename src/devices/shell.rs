@@ -3,7 +3,7 @@
 //! After every message the shell compares the device's interrupt level and deadline with what it last told the
 //! outside, and tells the difference. Devices never fire lines or set timers themselves.
 
-use super::{Access, Context, Device, MachineRequest, Nanos};
+use super::{Access, BackendEvent, BackendNews, Context, Device, MachineRequest, Nanos};
 use crate::actors::{Actor, Lifecycle, Rank};
 use crate::clock::Clock;
 use crate::host::character::CharacterEnd;
@@ -26,6 +26,8 @@ pub enum DeviceMessage {
     InputReady,
     /// The host side has room again.
     OutputReady,
+    /// From an actor behind the device.
+    Backend(BackendNews),
 }
 
 /// Where a device's interrupt goes.
@@ -109,6 +111,8 @@ struct Held {
     tick: bool,
     input: bool,
     output: bool,
+    /// The last thing heard from behind the device, unless an earlier one says more.
+    news: Option<BackendNews>,
 }
 
 impl Shell {
@@ -129,9 +133,14 @@ impl Shell {
             Lifecycle::Start => return,
             Lifecycle::Pause => {
                 self.held.get_or_insert_default();
+                self.device.pause(&mut self.outside);
             }
             Lifecycle::Resume => {
                 if let Some(held) = self.held.take() {
+                    self.device.resume(&mut self.outside);
+                    if let Some(news) = held.news {
+                        self.device.backend_news(&mut self.outside, news);
+                    }
                     if held.tick {
                         self.tick();
                     }
@@ -181,11 +190,23 @@ impl Shell {
             (DeviceMessage::Tick, Some(held)) => held.tick = true,
             (DeviceMessage::InputReady, Some(held)) => held.input = true,
             (DeviceMessage::OutputReady, Some(held)) => held.output = true,
+            (DeviceMessage::Backend(news), Some(held)) => {
+                let broken = |held: BackendNews| held.life == news.life && held.event == BackendEvent::Broken;
+                if !held.news.is_some_and(broken) {
+                    held.news = Some(news);
+                }
+            }
+            (DeviceMessage::Backend(news), None) => self.device.backend_news(&mut self.outside, news),
             (DeviceMessage::Tick, None) => self.tick(),
             (DeviceMessage::InputReady, None) => self.device.input_ready(&mut self.outside),
             (DeviceMessage::OutputReady, None) => self.device.output_ready(&mut self.outside),
             _ => {}
         }
+    }
+
+    /// How many actors behind the device will post to it.
+    pub fn backends(&self) -> usize {
+        self.device.backends()
     }
 
     /// Tells the outside what has changed.
@@ -219,7 +240,10 @@ impl Actor for Shell {
         match message {
             DeviceMessage::Read(access) => reply = self.device.read(&mut self.outside, access),
             DeviceMessage::Write(access, value) => self.device.write(&mut self.outside, access, value),
-            DeviceMessage::Tick | DeviceMessage::InputReady | DeviceMessage::OutputReady => {
+            DeviceMessage::Tick
+            | DeviceMessage::InputReady
+            | DeviceMessage::OutputReady
+            | DeviceMessage::Backend(_) => {
                 self.hear_host(message);
             }
             DeviceMessage::Lifecycle(event) => self.live(event),

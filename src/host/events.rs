@@ -133,6 +133,28 @@ impl Deliver for Vec<Port<Shell>> {
     }
 }
 
+/// A backend's way to the one device that it stands behind.
+pub trait Tell: Send {
+    /// `false`: not now, the device's mailbox is full. Never waits for a turn of an actor.
+    fn try_tell(&mut self, message: DeviceMessage) -> bool;
+}
+
+impl Tell for Port<Shell> {
+    fn try_tell(&mut self, message: DeviceMessage) -> bool {
+        !matches!(self.try_post(message), Err(Some(_)))
+    }
+}
+
+/// For disciplines without ports: through a gate.
+impl Tell for (Box<dyn Gate>, usize) {
+    fn try_tell(&mut self, message: DeviceMessage) -> bool {
+        let (gate, device) = self;
+        let mut sent = false;
+        gate.with(&mut |devices| sent = devices.try_send(*device, message));
+        sent
+    }
+}
+
 /// What the loop is made of.
 pub struct EventLoop {
     /// Guest time.

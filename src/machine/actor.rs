@@ -26,6 +26,7 @@ use crate::vcpu::backend::Backend;
 use crate::vcpu::exit::SystemEvent;
 use crate::vcpu::route::Space;
 use crate::vcpu::{End, Vcpu, VcpuEvent, VcpuHandle, VcpuMessage, VcpuNews, vcpu_mailbox};
+use crate::virtio::queue::{QueueActor, QueueHandle};
 use crossbeam_channel::{RecvTimeoutError, Sender, select_biased};
 use slog::{Logger, crit, debug, error, info, o, warn};
 use std::sync::Arc;
@@ -34,6 +35,8 @@ use std::time::{Duration, Instant};
 
 /// How long vCPUs may take to end before they are given up and named.
 const VCPU_LIMIT: Duration = Duration::from_millis(500);
+/// How long queues' actors may take to end what they are at.
+const QUEUE_LIMIT: Duration = Duration::from_millis(500);
 /// How long the guest's last output may take to be written.
 pub(super) const OUTPUT_LIMIT: Duration = Duration::from_millis(300);
 /// The same when the guest ended by itself: whoever reads may be slow, and nothing shall be lost.
@@ -70,6 +73,8 @@ pub(super) struct Machine {
     mailbox: Mailbox,
     vcpus: Vec<RunningVcpu>,
     devices: Box<dyn Control>,
+    /// The actors behind devices.
+    queues: Vec<QueueHandle>,
     lives: Vec<DeviceLife>,
     /// `None` while the guest is loaded anew.
     platform: Option<Box<dyn Platform>>,
@@ -124,6 +129,7 @@ impl Machine {
             mailbox: parts.mailbox,
             vcpus: Vec::with_capacity(parts.vcpus),
             devices: parts.devices,
+            queues: Vec::new(),
             lives,
             platform: Some(parts.platform),
             entry: None,
@@ -140,6 +146,18 @@ impl Machine {
             debugger: None,
             log: parts.log,
         }
+    }
+
+    /// Starts the actors behind devices.
+    pub(super) fn start_queues<D: Discipline>(
+        &mut self,
+        queues: Vec<(usize, QueueActor)>,
+        discipline: &D,
+    ) -> std::io::Result<()> {
+        for (device, queue) in queues {
+            self.queues.push(queue.spawn(discipline.tell(device))?);
+        }
+        Ok(())
     }
 
     /// Starts the vCPUs' threads and waits until all are ready.
@@ -620,7 +638,19 @@ impl Machine {
                 warn!(self.log, "vcpu{index} did not end in time and is left behind");
             }
         }
+        for queue in &self.queues {
+            queue.end();
+        }
         self.drain_output(output_limit);
+        let deadline = Instant::now() + QUEUE_LIMIT;
+        for queue in self.queues.drain(..) {
+            if let Err(name) = queue.join(deadline) {
+                warn!(
+                    self.log,
+                    "{name} waits for the host (a slow or stuck disk?) and is left behind; its request may not be done"
+                );
+            }
+        }
         // A vCPU that does not end waits for a device whose turn does not: one that does not take its own stop.
         let all_ended = self.vcpus.iter().all(|vcpu| vcpu.stopped);
         for name in self.devices.stop(all_ended) {

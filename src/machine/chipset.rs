@@ -1,6 +1,7 @@
 //! The devices of a machine: which there are, where they are, and what they are connected to.
 
 use super::MachineMessage;
+use super::virtio::Placed;
 use crate::boot::layout::io;
 use crate::clock::Clock;
 use crate::devices::acpi_pm::{AcpiPm, PmTimer};
@@ -20,10 +21,13 @@ use crate::host::console::Console;
 use crate::host::events::{CharacterDevice, TimedDevice};
 use crate::host::timer::TimerSlot;
 use crate::vcpu::route::{Route, RouteMap, Space, Target};
+use crate::virtio::mmio;
+use crate::virtio::queue::QueueActor;
 use crossbeam_channel::Sender;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
+use vmm_sys_util::eventfd::EventFd;
 
 /// The names that `--placement NAME=…` takes.
 pub const DEVICE_NAMES: [&str; 8] = [
@@ -60,14 +64,27 @@ impl From<Chipset> for DeviceSet {
     }
 }
 
-/// Where the chipset's interrupt lines lead.
+/// Where the devices' interrupt lines lead, and what reaches them without an exit.
 pub trait Lines {
     /// What can go wrong.
-    type Error;
+    type Error: From<std::io::Error>;
     /// An edge-triggered line.
     fn edge(&self, gsi: u32) -> Result<Box<dyn InterruptLine>, Self::Error>;
     /// A level-triggered line.
     fn level(&self, gsi: u32) -> Result<Box<dyn InterruptLine>, Self::Error>;
+    /// Whether eventfds reach the guest, and its writes them. If not, everything goes by message, and the two methods
+    /// below are not called.
+    fn has_eventfds(&self) -> bool {
+        false
+    }
+    /// An eventfd each write to which is an edge of a line.
+    fn edge_eventfd(&self, _gsi: u32) -> Result<EventFd, Self::Error> {
+        Err(std::io::Error::from(std::io::ErrorKind::Unsupported).into())
+    }
+    /// Has a 32-bit write of `value` to `address` ring `bell` instead of leaving the guest.
+    fn bell(&self, _address: u64, _value: u32, _bell: &EventFd) -> Result<(), Self::Error> {
+        Err(std::io::Error::from(std::io::ErrorKind::Unsupported).into())
+    }
 }
 
 /// What a chipset is made from.
@@ -87,7 +104,8 @@ pub struct ChipsetConfig {
 /// One device, before it is an actor.
 struct Part {
     device: Box<dyn Device>,
-    base: u16,
+    space: Space,
+    base: u64,
     claims: &'static [Claim],
     line: Option<Box<dyn InterruptLine>>,
     console: Option<Console>,
@@ -102,7 +120,8 @@ pub struct Wired {
     pub name: &'static str,
     /// How many lifecycle messages it has handled. The machine is told too, but may have no room for that.
     pub answered: Arc<AtomicU32>,
-    base: u16,
+    space: Space,
+    base: u64,
     claims: &'static [Claim],
     classify: fn(Access, Direction) -> AccessClass,
 }
@@ -117,6 +136,8 @@ pub struct Chipset {
     pub characters: Vec<CharacterDevice>,
     /// For the event loop.
     pub timed: Vec<TimedDevice>,
+    /// The actors behind devices, which are given by their numbers.
+    pub queues: Vec<(usize, QueueActor)>,
     pm_timer: Arc<PmTimer>,
 }
 
@@ -132,9 +153,10 @@ impl Chipset {
         debug_console: Console,
         lines: &L,
     ) -> Result<Chipset, L::Error> {
-        let part = |device: Box<dyn Device>, base, claims| Part {
+        let part = |device: Box<dyn Device>, base: u16, claims| Part {
             device,
-            base,
+            space: Space::Pio,
+            base: base.into(),
             claims,
             line: None,
             console: None,
@@ -182,6 +204,7 @@ impl Chipset {
             clock: config.clock.clone(),
             characters: Vec::new(),
             timed: Vec::new(),
+            queues: Vec::new(),
         };
         for part in parts {
             chipset.add(part, config);
@@ -200,7 +223,8 @@ impl Chipset {
     ) {
         let part = Part {
             device,
-            base,
+            space: Space::Pio,
+            base: base.into(),
             claims,
             line: None,
             console: None,
@@ -209,9 +233,27 @@ impl Chipset {
         self.add(part, config);
     }
 
+    /// Adds a virtio device.
+    pub fn add_virtio(&mut self, placed: Placed, config: &ChipsetConfig) {
+        let number = self.devices.len();
+        let part = Part {
+            device: placed.device,
+            space: Space::Mmio,
+            base: placed.address,
+            claims: mmio::CLAIMS,
+            line: placed.line,
+            console: None,
+            timed: false,
+        };
+        self.add(part, config);
+        let queues = placed.queues.into_iter();
+        self.queues.extend(queues.map(|queue| (number, queue)));
+    }
+
     fn add(&mut self, part: Part, config: &ChipsetConfig) {
         let Part {
             device,
+            space,
             base,
             claims,
             line,
@@ -259,6 +301,7 @@ impl Chipset {
             shell: Shell::new(device, outside),
             name,
             answered,
+            space,
             base,
             claims,
             classify,
@@ -270,7 +313,7 @@ impl Chipset {
         let mut map = RouteMap::default();
         for (device, wired) in self.devices.iter().enumerate() {
             for claim in wired.claims {
-                let start = u64::from(wired.base) + claim.offset;
+                let start = wired.base + claim.offset;
                 let route = Route {
                     start,
                     last: start + claim.len - 1,
@@ -280,7 +323,8 @@ impl Chipset {
                         classify: wired.classify,
                     },
                 };
-                map.insert(Space::Pio, route).expect("the layout has no overlaps");
+                map.insert(wired.space, route)
+                    .expect("the layout has no overlaps");
             }
         }
         let timer = Route {

@@ -13,7 +13,7 @@ use crate::baselines::device_lock::{DeviceLockBus, DeviceLockGate, Devices};
 use crate::baselines::mutex::Mutex;
 use crate::clock::Clock;
 use crate::devices::shell::{DeviceMessage, Shell};
-use crate::host::events::{Deliver, Gate};
+use crate::host::events::{Deliver, Gate, Tell};
 use crate::vcpu::route::{Bus, RouteMap, RoutingTable};
 use crossbeam_channel::Sender;
 use slog::Logger;
@@ -103,6 +103,11 @@ pub trait Discipline {
     /// The event loop's.
     fn gate(&self) -> Box<dyn Gate>;
 
+    /// The way of an actor behind a device to it.
+    fn tell(&self, device: usize) -> Box<dyn Tell> {
+        Box::new((self.gate(), device))
+    }
+
     /// The machine actor's.
     fn control(&mut self) -> Box<dyn Control>;
 }
@@ -126,7 +131,7 @@ const POOL_THREADS: usize = 2;
 /// How long devices may take to end before they are named.
 const DEVICE_LIMIT: Duration = Duration::from_millis(100);
 
-/// Lanes of a device beside the vCPUs': the machine actor's and the event loop's.
+/// Lanes of a device beside the vCPUs' and those of the actors behind it: the machine actor's and the event loop's.
 const OTHER_LANES: usize = 2;
 
 /// `actor`.
@@ -160,15 +165,10 @@ impl Actors {
                     None => pool.insert(Pool::new(POOL_THREADS)?).clone(),
                 }),
             };
+            let lanes = vcpus + OTHER_LANES + shell.backends();
             let machine = machine.clone();
             let on_death = move |obituary| drop(machine.try_send(MachineMessage::Died(obituary)));
-            devices.push(Address::spawn(
-                shell,
-                name,
-                placement,
-                vcpus + OTHER_LANES,
-                on_death,
-            )?);
+            devices.push(Address::spawn(shell, name, placement, lanes, on_death)?);
         }
         Ok(Actors {
             devices,
@@ -194,6 +194,11 @@ impl Discipline for Actors {
 
     fn gate(&self) -> Box<dyn Gate> {
         Box::new(self.ports())
+    }
+
+    fn tell(&self, device: usize) -> Box<dyn Tell> {
+        let address = &self.devices[device].address;
+        Box::new(address.connect().expect("lanes were counted"))
     }
 
     fn control(&mut self) -> Box<dyn Control> {

@@ -13,6 +13,7 @@
 //! | `simulated.rs` | whole machines on a seeded scheduler: a test |
 //! | `chipset.rs` | which devices there are, where, and what they are connected to |
 //! | `dispatch.rs` | how vCPUs and the event loop reach the devices: actors, or a baseline |
+//! | `virtio.rs` | virtio devices: their places, notifications and queues |
 //! | `vm.rs` | the KVM side: memory slots, interrupt controllers, vCPUs before they run |
 //! | `memory.rs` | guest memory |
 //! | `cpuid.rs` | what a vCPU's CPUID says |
@@ -31,6 +32,7 @@ pub mod request;
 mod simulated;
 pub mod state;
 pub mod supervisor;
+pub mod virtio;
 pub mod vm;
 
 use crate::actors::Obituary;

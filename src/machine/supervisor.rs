@@ -10,7 +10,7 @@ use super::platform::{NoPlatform, Platform};
 use super::request::{Inbox, Mailbox};
 use super::state::State;
 use super::vm::{Vm, VmError};
-use super::{MachineMessage, cpuid::Topology};
+use super::{MachineMessage, cpuid::Topology, virtio};
 use crate::actors::PlacementKind;
 use crate::baselines::mutex;
 use crate::boot::layout;
@@ -24,6 +24,9 @@ use crate::host::console::{self, Console, ConsoleError, ConsoleKind};
 use crate::host::events::{self, CharacterDevice, EventLoop, Signals, TimedDevice};
 use crate::vcpu::backend::Backend;
 use crate::vcpu::kick;
+use crate::virtio::Notify;
+use crate::virtio::config::{Opened, VirtioConfig, VirtioError};
+use crate::virtio::queue::QueueActor;
 use crossbeam_channel::Sender;
 use slog::{Logger, debug, info};
 use std::sync::Arc;
@@ -67,6 +70,8 @@ pub struct MachineConfig {
     pub debug_console: ConsoleKind,
     /// It has a port for measurements ([`layout::io::DELAY`]) whose accesses take so long.
     pub delay: Option<Duration>,
+    /// Disks and the like.
+    pub virtio: VirtioConfig,
     /// After this it is ended.
     pub timeout: Option<Duration>,
     /// Where a gdb can connect.
@@ -92,11 +97,16 @@ pub enum StartError {
     #[error(transparent)]
     Boot(#[from] BootError),
     /// No such device.
-    #[error("--placement names no device '{name}'; there are {}", DEVICE_NAMES.join(", "))]
+    #[error("--placement names no device '{name}'; there are {}", .there.join(", "))]
     NoSuchDevice {
         /// As given.
         name: String,
+        /// What there is.
+        there: Vec<&'static str>,
     },
+    /// Disks and the like.
+    #[error(transparent)]
+    Virtio(#[from] VirtioError),
     /// Baselines have no placements.
     #[error("--placement places actors, and with --dispatch {0} there are none")]
     PlacementWithoutActors(Dispatch),
@@ -131,6 +141,7 @@ impl StartError {
             StartError::Boot(_)
                 | StartError::NoSuchDevice { .. }
                 | StartError::PlacementWithoutActors(_)
+                | StartError::Virtio(VirtioError::TooMany { .. } | VirtioError::Image(_))
                 | StartError::Console(ConsoleError::Same(_))
                 | StartError::Cpus(_)
                 | StartError::Console(ConsoleError::File { .. })
@@ -154,6 +165,18 @@ impl Lines for Vm {
 
     fn level(&self, gsi: u32) -> Result<Box<dyn InterruptLine>, StartError> {
         Ok(self.level_line(gsi))
+    }
+
+    fn has_eventfds(&self) -> bool {
+        true
+    }
+
+    fn edge_eventfd(&self, gsi: u32) -> Result<EventFd, StartError> {
+        Ok(Vm::edge_eventfd(self, gsi)?)
+    }
+
+    fn bell(&self, address: u64, value: u32, bell: &EventFd) -> Result<(), StartError> {
+        Ok(Vm::bell(self, address, value, bell)?)
     }
 }
 
@@ -192,10 +215,15 @@ pub fn run_kvm(config: &MachineConfig, inbox: Inbox, log: &Logger) -> Result<Out
     config.check()?;
     // What can be wrong with the user's input is found before the host is asked for anything.
     let listener = config.gdb.as_ref().map(gdb::Listener::new).transpose()?;
+    let virtio = config.virtio.open(log)?;
     memory::check_host(&config.memory)?;
     let memory = memory::create(&config.memory)?;
     let topology = Topology::flat(config.cpus as u32);
-    let entry = load(&memory, &config.guest, &topology, log)?;
+    let acpi = AcpiConfig {
+        virtio: virtio::described(virtio.len(), config.virtio.notify),
+        ..AcpiConfig::new(topology.apic_ids())
+    };
+    let entry = load(&memory, &config.guest, &acpi, log)?;
     let vm = Vm::new(memory.clone(), config.cpus, true)?;
     let mut backends = Vec::with_capacity(config.cpus);
     for index in 0..config.cpus {
@@ -206,12 +234,17 @@ pub fn run_kvm(config: &MachineConfig, inbox: Inbox, log: &Logger) -> Result<Out
         backends.push(vm.backend(fd));
     }
     let (guest, load_log) = (config.guest.clone(), log.clone());
-    let platform = vm.platform(move |memory| load(memory, &guest, &topology, &load_log))?;
-    let server = match listener {
-        Some(listener) => Some(gdb::Server::new(listener, memory)?),
+    let platform = vm.platform(move |memory| load(memory, &guest, &acpi, &load_log))?;
+    let debugger = match listener {
+        Some(listener) => Some(gdb::Server::new(listener, memory.clone())?),
         None => None,
     };
-    run_debugged(config, backends, &vm, Box::new(platform), inbox, server, log)
+    let virtio = Virtio {
+        memory,
+        devices: virtio,
+    };
+    let besides = Besides { virtio, debugger };
+    run_with_all(config, backends, &vm, Box::new(platform), inbox, besides, log)
 }
 
 /// Runs a machine around vCPUs that are there already, one a backend: those of KVM, or scripted ones. The devices,
@@ -248,16 +281,55 @@ where
     B: Backend + Send + 'static,
     L: Lines<Error = StartError>,
 {
-    run_debugged(config, backends, lines, platform, inbox, None, log)
+    run_around(config, backends, lines, Virtio::default(), platform, inbox, log)
 }
 
-fn run_debugged<B, L>(
+/// Virtio devices that were opened, and the guest memory that they need.
+#[derive(Default)]
+pub struct Virtio {
+    /// All of it.
+    pub memory: GuestMemoryMmap,
+    /// By their places.
+    pub devices: Vec<Opened>,
+}
+
+/// The same with virtio devices.
+///
+/// # Errors
+/// As [`run_with`].
+pub fn run_around<B, L>(
+    config: &MachineConfig,
+    backends: Vec<B>,
+    lines: &L,
+    virtio: Virtio,
+    platform: Box<dyn Platform>,
+    inbox: Inbox,
+    log: &Logger,
+) -> Result<Outcome, StartError>
+where
+    B: Backend + Send + 'static,
+    L: Lines<Error = StartError>,
+{
+    let besides = Besides {
+        virtio,
+        debugger: None,
+    };
+    run_with_all(config, backends, lines, platform, inbox, besides, log)
+}
+
+/// What a machine need not have.
+struct Besides {
+    virtio: Virtio,
+    debugger: Option<gdb::Server>,
+}
+
+fn run_with_all<B, L>(
     config: &MachineConfig,
     backends: Vec<B>,
     lines: &L,
     platform: Box<dyn Platform>,
     inbox: Inbox,
-    debugger: Option<gdb::Server>,
+    Besides { virtio, debugger }: Besides,
     log: &Logger,
 ) -> Result<Outcome, StartError>
 where
@@ -295,6 +367,14 @@ where
         delay: config.delay,
     };
     let mut chipset = Chipset::new(&chipset_config, console, debug_console, lines)?;
+    let notify = match lines.has_eventfds() {
+        true => config.virtio.notify,
+        false => Notify::Message,
+    };
+    for (number, opened) in virtio.devices.into_iter().enumerate() {
+        let placed = virtio::place(number, opened, notify, &virtio.memory, lines, log)?;
+        chipset.add_virtio(placed, &chipset_config);
+    }
     let answered = chipset
         .devices
         .iter()
@@ -305,6 +385,7 @@ where
         platform,
         characters: std::mem::take(&mut chipset.characters),
         timed: std::mem::take(&mut chipset.timed),
+        queues: std::mem::take(&mut chipset.queues),
         signals,
         clock,
         waker,
@@ -345,6 +426,7 @@ struct Assembly<B> {
     on_reset: OnReset,
     characters: Vec<CharacterDevice>,
     timed: Vec<TimedDevice>,
+    queues: Vec<(usize, QueueActor)>,
     signals: Signals,
     clock: Clock,
     waker: Waker,
@@ -385,7 +467,8 @@ impl<B: Backend + Send + 'static> Assembly<B> {
             log: self.log.clone(),
         });
         let started = machine
-            .start_vcpus(self.backends, &discipline, &self.sender)
+            .start_queues(self.queues, &discipline)
+            .and_then(|()| machine.start_vcpus(self.backends, &discipline, &self.sender))
             .and_then(|()| self.debugger.map_or(Ok(()), |server| machine.debug_by(server)));
         drop((self.sender, discipline));
         match started {
@@ -413,12 +496,17 @@ impl MachineConfig {
         if self.dispatch != Dispatch::Actor && !self.placements.is_empty() {
             return Err(StartError::PlacementWithoutActors(self.dispatch));
         }
+        self.virtio.check()?;
+        let there = [&DEVICE_NAMES[..], &self.virtio.names()].concat();
         match self
             .placements
             .iter()
-            .find(|(name, _)| !DEVICE_NAMES.contains(&name.as_str()))
+            .find(|(name, _)| !there.contains(&name.as_str()))
         {
-            Some((name, _)) => Err(StartError::NoSuchDevice { name: name.clone() }),
+            Some((name, _)) => Err(StartError::NoSuchDevice {
+                name: name.clone(),
+                there,
+            }),
             None => Ok(()),
         }
     }
@@ -428,13 +516,13 @@ impl MachineConfig {
 fn load(
     memory: &GuestMemoryMmap,
     guest: &Guest,
-    topology: &Topology,
+    acpi: &AcpiConfig,
     log: &Logger,
 ) -> Result<EntryPoint, StartError> {
     let begin = Instant::now();
     let entry = match guest {
         Guest::Kernel(files) => {
-            let loaded = boot::load(memory, files, &AcpiConfig::new(topology.apic_ids()))?;
+            let loaded = boot::load(memory, files, acpi)?;
             debug!(log, "loaded"; "kernel" => format!("{:x?}", loaded.kernel), "initrd" => format!("{:x?}", loaded.initrd),
                 "acpi_bytes" => loaded.acpi_bytes);
             loaded.entry

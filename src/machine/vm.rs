@@ -10,7 +10,7 @@ use crate::machine::{cpuid, memory};
 use crate::vcpu::kvm::KvmBackend;
 use crate::vcpu::power_on::{self, PowerOn};
 use kvm_bindings as kvm;
-use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use std::sync::Arc;
 use std::time::Duration;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -127,6 +127,7 @@ impl Vm {
             (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
             (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
             (Cap::Irqfd, "KVM_CAP_IRQFD"),
+            (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
             (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
             (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
         ] {
@@ -331,11 +332,29 @@ impl Vm {
     /// # Errors
     /// See [`VmError`].
     pub fn edge_line(&self, gsi: u32) -> Result<Box<dyn InterruptLine>, VmError> {
+        Ok(Box::new(EdgeLine(self.edge_eventfd(gsi)?)))
+    }
+
+    /// The eventfd of such a line.
+    ///
+    /// # Errors
+    /// See [`VmError`].
+    pub fn edge_eventfd(&self, gsi: u32) -> Result<EventFd, VmError> {
         let eventfd = EventFd::new(libc::EFD_NONBLOCK).map_err(VmError::EventFd)?;
         self.fd
             .register_irqfd(&eventfd, gsi)
             .map_err(refused(format!("KVM_IRQFD for interrupt {gsi}")))?;
-        Ok(Box::new(EdgeLine(eventfd)))
+        Ok(eventfd)
+    }
+
+    /// Has KVM write to an eventfd when the guest writes the 32-bit `value` to `address`, instead of leaving the guest.
+    ///
+    /// # Errors
+    /// See [`VmError`].
+    pub fn bell(&self, address: u64, value: u32, bell: &EventFd) -> Result<(), VmError> {
+        self.fd
+            .register_ioevent(bell, &IoEventAddress::Mmio(address), value)
+            .map_err(refused(format!("KVM_IOEVENTFD at {address:#x}")))
     }
 
     /// A level-triggered interrupt line: what the ACPI SCI has.

@@ -1,0 +1,148 @@
+//! What `--disk` says: `path=…` and what else, separated by commas.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// The most queues a disk may have: each is a thread.
+pub const MAX_QUEUES: u16 = 16;
+/// Bytes of a serial number. [VIRTIO 1.2 §5.2.6: VIRTIO_BLK_T_GET_ID]
+pub const SERIAL_BYTES: usize = 20;
+
+/// A disk, as the user wants it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DiskConfig {
+    /// The image: a regular file or a block device.
+    pub path: PathBuf,
+    /// The guest may not write.
+    pub read_only: bool,
+    /// How many queues, each with a thread.
+    pub queues: u16,
+    /// What the guest sees as the serial number.
+    pub serial: String,
+}
+
+/// A `--disk` that cannot be.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum DiskSyntaxError {
+    /// No path.
+    #[error("a disk needs path=FILE")]
+    NoPath,
+    /// A key that is none.
+    #[error(
+        "a disk has no key '{0}'; there are path, ro, queues and serial (a comma in a value is written ,,)"
+    )]
+    UnknownKey(String),
+    /// The same key again.
+    #[error("'{0}' is given twice")]
+    Twice(&'static str),
+    /// A value where none belongs.
+    #[error("'ro' takes no value")]
+    FlagWithValue,
+    /// `queues=…`
+    #[error("queues={0}: a disk has 1 to {MAX_QUEUES} queues")]
+    Queues(String),
+    /// `serial=…`
+    #[error("serial={0}: a serial number is 1 to {SERIAL_BYTES} printable ASCII characters")]
+    Serial(String),
+}
+
+/// Splits at single commas; two of them stand for one.
+fn items(text: &str) -> Vec<String> {
+    let mut items = vec![String::new()];
+    let mut characters = text.chars().peekable();
+    while let Some(character) = characters.next() {
+        if character == ',' && characters.next_if_eq(&',').is_none() {
+            items.push(String::new());
+        } else {
+            items.last_mut().expect("never empty").push(character);
+        }
+    }
+    items
+}
+
+/// Sets what was not set yet.
+fn once<T>(place: &mut Option<T>, key: &'static str, value: T) -> Result<(), DiskSyntaxError> {
+    match place.replace(value) {
+        None => Ok(()),
+        Some(_) => Err(DiskSyntaxError::Twice(key)),
+    }
+}
+
+impl FromStr for DiskConfig {
+    type Err = DiskSyntaxError;
+
+    fn from_str(text: &str) -> Result<Self, DiskSyntaxError> {
+        let (mut path, mut read_only, mut queues, mut serial) = (None, None, None, None);
+        for item in items(text) {
+            match item.split_once('=') {
+                Some(("path", value)) if !value.is_empty() => once(&mut path, "path", value.into())?,
+                Some(("path", _)) => return Err(DiskSyntaxError::NoPath),
+                Some(("queues", value)) => {
+                    let number = value.parse().ok().filter(|n| (1..=MAX_QUEUES).contains(n));
+                    let number = number.ok_or_else(|| DiskSyntaxError::Queues(value.into()))?;
+                    once(&mut queues, "queues", number)?;
+                }
+                Some(("serial", value)) => {
+                    let printable = value.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' ');
+                    if !printable || !(1..=SERIAL_BYTES).contains(&value.len()) {
+                        return Err(DiskSyntaxError::Serial(value.into()));
+                    }
+                    once(&mut serial, "serial", value.to_owned())?;
+                }
+                Some(("ro", _)) => return Err(DiskSyntaxError::FlagWithValue),
+                None if item == "ro" => once(&mut read_only, "ro", true)?,
+                Some((key, _)) => return Err(DiskSyntaxError::UnknownKey(key.into())),
+                None => return Err(DiskSyntaxError::UnknownKey(item)),
+            }
+        }
+        Ok(DiskConfig {
+            path: path.ok_or(DiskSyntaxError::NoPath)?,
+            read_only: read_only.unwrap_or(false),
+            queues: queues.unwrap_or(1),
+            serial: serial.unwrap_or_default(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_said_is_what_is_meant() {
+        let disk: DiskConfig = "path=/a,,b,ro,queues=4,serial=disk 1".parse().unwrap();
+        let expected = DiskConfig {
+            path: "/a,b".into(),
+            read_only: true,
+            queues: 4,
+            serial: "disk 1".into(),
+        };
+        assert_eq!(disk, expected);
+        let disk: DiskConfig = "path=x=y".parse().unwrap();
+        assert_eq!((disk.path, disk.read_only, disk.queues), ("x=y".into(), false, 1));
+    }
+
+    #[test]
+    fn mistakes_name_their_key() {
+        for (text, named) in [
+            ("", "no key ''"),
+            ("ro", "path="),
+            ("path=", "path="),
+            ("/disk.img", "no key '/disk.img'"),
+            ("path=a,rw", "'rw'"),
+            ("path=a,ro=1", "'ro'"),
+            ("path=a,ro,ro", "'ro' is given twice"),
+            ("path=a,path=b", "'path' is given twice"),
+            ("path=a,queues=0", "queues=0"),
+            ("path=a,queues=17", "queues=17"),
+            ("path=a,queues=many", "queues=many"),
+            ("path=a,serial=", "serial="),
+            ("path=a,serial=123456789012345678901", "20 printable"),
+            ("path=a,serial=é", "printable"),
+            ("path=a,", "no key ''"),
+        ] {
+            let error = text.parse::<DiskConfig>().unwrap_err().to_string();
+            assert!(error.contains(named), "{text}: {error}");
+        }
+    }
+}

@@ -1,0 +1,337 @@
+//! A disk's image: a raw file or a block device, opened once, locked, and shared by the disk's queues.
+//!
+//! The lock is on the open file description [fcntl_locking(2)]: exclusive for a disk that can be written, shared for one
+//! that cannot, so two machines can read one image and never share one that either writes. It goes with the last
+//! descriptor, whatever becomes of the program. QEMU's locks on the same file exclude ours and the other way round.
+
+use super::SECTOR_BYTES;
+use super::config::DiskConfig;
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Why an image cannot be a disk.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// It cannot be opened.
+    #[error("--disk path={}: it cannot be opened for {}", .path.display(), if *.read_only { "reading" } else { "writing (with ro it need not be)" })]
+    Open {
+        /// As given.
+        path: PathBuf,
+        /// As asked for.
+        read_only: bool,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A directory, a pipe, …
+    #[error("--disk path={}: it is neither a regular file nor a block device", .0.display())]
+    Kind(PathBuf),
+    /// Not whole sectors.
+    #[error("--disk path={}: its {bytes} bytes are not a multiple of {SECTOR_BYTES}; `truncate -s %{SECTOR_BYTES}` makes it one (is it a raw image?)", .path.display())]
+    Size {
+        /// As given.
+        path: PathBuf,
+        /// How large it is.
+        bytes: u64,
+    },
+    /// Nothing in it.
+    #[error("--disk path={}: it is empty; `truncate -s 1G` makes an empty disk of it", .0.display())]
+    Empty(PathBuf),
+    /// A format that is not raw.
+    #[error("--disk path={}: it is a qcow2 image, and only raw ones can be used; `qemu-img convert -O raw` makes one", .0.display())]
+    Qcow2(PathBuf),
+    /// Somebody else has it.
+    #[error("--disk path={}: another program uses it{}; end that one, or give the disk with ro to all", .path.display(), if *.read_only { " for writing" } else { "" })]
+    Locked {
+        /// As given.
+        path: PathBuf,
+        /// As asked for.
+        read_only: bool,
+    },
+    /// No locks there.
+    #[error("--disk path={}: its file system gives no lock, without which two machines could share the disk", .path.display())]
+    Lock {
+        /// As given.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// An image that was opened.
+pub struct Image {
+    file: File,
+    path: PathBuf,
+    sectors: u64,
+    read_only: bool,
+    /// A flush has failed: see the module above.
+    flush_failed: AtomicBool,
+}
+
+impl Image {
+    /// Opens and locks what the configuration says.
+    ///
+    /// # Errors
+    /// [`ImageError`].
+    pub fn open(config: &DiskConfig) -> Result<Image, ImageError> {
+        let (path, read_only) = (config.path.clone(), config.read_only);
+        let cannot = |source| ImageError::Open {
+            path: config.path.clone(),
+            read_only,
+            source,
+        };
+        // A pipe must not hold us up; on files and block devices the flag means nothing.
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(!read_only)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(&path)
+            .map_err(cannot)?;
+        let kind = file.metadata().map_err(cannot)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(ImageError::Kind(path));
+        }
+        lock(&file, read_only).map_err(|errno| match errno {
+            Errno::EAGAIN | Errno::EACCES => ImageError::Locked {
+                path: path.clone(),
+                read_only,
+            },
+            errno => ImageError::Lock {
+                path: path.clone(),
+                source: errno.into(),
+            },
+        })?;
+        // A block device's metadata do not have its size.
+        let bytes = file.seek(SeekFrom::End(0)).map_err(cannot)?;
+        if bytes == 0 {
+            return Err(ImageError::Empty(path));
+        }
+        let mut magic = [0; 4];
+        if file.read_exact_at(&mut magic, 0).is_ok() && magic == *b"QFI\xfb" {
+            return Err(ImageError::Qcow2(path));
+        }
+        if !bytes.is_multiple_of(SECTOR_BYTES) {
+            return Err(ImageError::Size { path, bytes });
+        }
+        Ok(Image {
+            file,
+            path,
+            sectors: bytes / SECTOR_BYTES,
+            read_only,
+            flush_failed: AtomicBool::new(false),
+        })
+    }
+
+    /// Around a file as it is.
+    #[cfg(test)]
+    pub(crate) fn for_test(file: File, sectors: u64) -> Image {
+        Image {
+            file,
+            path: "test".into(),
+            sectors,
+            read_only: false,
+            flush_failed: AtomicBool::new(false),
+        }
+    }
+
+    /// Capacity in sectors of [`SECTOR_BYTES`].
+    pub fn sectors(&self) -> u64 {
+        self.sectors
+    }
+
+    /// Whether writes are refused.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// For the log.
+    pub fn path(&self) -> &std::path::Path {
+        &self.path
+    }
+
+    /// Reads all of `bytes` from `offset`.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(bytes, offset)
+    }
+
+    /// Writes all of `bytes` at `offset`.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(bytes, offset)
+    }
+
+    /// All that was written is on the host's disk.
+    ///
+    /// # Errors
+    /// The host's; once there was one, always.
+    pub fn flush(&self) -> io::Result<()> {
+        // SeqCst costs nothing beside the system call; two queues may flush at once.
+        if self.flush_failed.load(Ordering::SeqCst) {
+            return Err(io::Error::other(
+                "an earlier flush failed, what was lost is not known",
+            ));
+        }
+        let result = self.file.sync_data();
+        if result.is_err() {
+            self.flush_failed.store(true, Ordering::SeqCst);
+        }
+        result
+    }
+
+    /// The content of the range does not matter any more.
+    ///
+    /// # Errors
+    /// The host's. That it does not know how is none.
+    pub fn discard(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        match self.allocate(punch, offset, bytes) {
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL) => Ok(()),
+            result => Ok(result?),
+        }
+    }
+
+    /// The range reads as zeroes. `unmap`: the host may give the space back.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn write_zeroes(&self, offset: u64, bytes: u64, unmap: bool) -> io::Result<()> {
+        let keep = FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | keep;
+        let zero = FallocateFlags::FALLOC_FL_ZERO_RANGE | keep;
+        if unmap && self.allocate(punch, offset, bytes).is_ok() || self.allocate(zero, offset, bytes).is_ok()
+        {
+            return Ok(());
+        }
+        static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+        let mut done = 0;
+        while done < bytes {
+            let part = (bytes - done).min(ZEROES.len() as u64);
+            self.write(offset + done, &ZEROES[..part as usize])?;
+            done += part;
+        }
+        Ok(())
+    }
+
+    fn allocate(&self, how: FallocateFlags, offset: u64, bytes: u64) -> Result<(), Errno> {
+        let signed = |value: u64| i64::try_from(value).map_err(|_| Errno::EFBIG);
+        loop {
+            match fallocate(&self.file, how, signed(offset)?, signed(bytes)?) {
+                Err(Errno::EINTR) => {}
+                result => return result,
+            }
+        }
+    }
+}
+
+/// Takes a lock on all of the file, now or not at all.
+fn lock(file: &File, shared: bool) -> Result<(), Errno> {
+    let lock = libc::flock {
+        l_type: if shared { libc::F_RDLCK } else { libc::F_WRLCK } as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        // Has to be 0 for a lock on the description.
+        l_pid: 0,
+    };
+    fcntl(file, FcntlArg::F_OFD_SETLK(&lock)).map(|_| ())
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicU32;
+
+    /// A file that is gone with the value.
+    pub(crate) struct Scratch(pub PathBuf);
+
+    impl Scratch {
+        pub(crate) fn new(content: &[u8]) -> Scratch {
+            static NEXT: AtomicU32 = AtomicU32::new(0);
+            let number = NEXT.fetch_add(1, Ordering::Relaxed);
+            let path = std::env::temp_dir().join(format!("actor-vmm-disk-{}-{number}", std::process::id()));
+            std::fs::write(&path, content).unwrap();
+            Scratch(path)
+        }
+
+        pub(crate) fn config(&self, read_only: bool) -> DiskConfig {
+            DiskConfig {
+                path: self.0.clone(),
+                read_only,
+                queues: 1,
+                serial: String::new(),
+            }
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_file(&self.0);
+        }
+    }
+
+    fn refused(config: &DiskConfig) -> String {
+        Image::open(config).map(|_| ()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn what_cannot_be_a_disk_says_why() {
+        let missing = DiskConfig {
+            path: "/no/such".into(),
+            ..Scratch::new(b"").config(true)
+        };
+        assert!(refused(&missing).contains("--disk path=/no/such: it cannot be opened for reading"));
+        assert!(refused(&Scratch::new(b"").config(false)).contains("it is empty"));
+        assert!(refused(&Scratch::new(&[0; 700]).config(false)).contains("700 bytes are not a multiple"));
+        assert!(refused(&Scratch::new(b"QFI\xfb 3").config(false)).contains("qcow2"));
+        for path in ["/", "/dev/null"] {
+            let config = DiskConfig {
+                path: path.into(),
+                ..missing.clone()
+            };
+            assert!(
+                refused(&config).contains("neither a regular file nor a block device"),
+                "{path}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_writer_is_alone_and_readers_are_not() {
+        let file = Scratch::new(&[0; 1024]);
+        let writer = Image::open(&file.config(false)).unwrap();
+        assert!(refused(&file.config(false)).contains("another program uses it;"));
+        assert!(refused(&file.config(true)).contains("another program uses it for writing"));
+        drop(writer);
+        let readers = [true, true].map(|ro| Image::open(&file.config(ro)).unwrap());
+        assert!(refused(&file.config(false)).contains("another program uses it"));
+        drop(readers);
+        Image::open(&file.config(false)).unwrap();
+    }
+
+    #[test]
+    fn zeroes_are_zeroes_by_any_way_and_a_discard_harms_nothing_else() {
+        let file = Scratch::new(&[7; 8192]);
+        let image = Image::open(&file.config(false)).unwrap();
+        image.write_zeroes(512, 1024, false).unwrap();
+        image.write_zeroes(4096, 512, true).unwrap();
+        image.discard(8192 - 512, 512).unwrap();
+        image.flush().unwrap();
+        let content = std::fs::read(&file.0).unwrap();
+        assert_eq!(content.len(), 8192);
+        for (at, byte) in content.iter().enumerate().take(8192 - 512) {
+            let zero = (512..1536).contains(&at) || (4096..4608).contains(&at);
+            assert_eq!(*byte, if zero { 0 } else { 7 }, "{at}");
+        }
+    }
+}

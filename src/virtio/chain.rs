@@ -1,0 +1,152 @@
+//! Descriptor chains: taken from the ring once, checked, and from then on read from our own copy.
+//!
+//! A guest can change a chain while we look at it, link it into a loop, point it anywhere and make it of any length.
+//! [`Chain::read`] copies each descriptor once and decides on the copy, so what comes later changes nothing. What it
+//! lets through has at most as many descriptors as the queue, readable ones first, and ends. Addresses are not checked
+//! here: guest memory is asked with every access, and refuses what is outside.
+
+use virtio_queue::DescriptorChain;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+/// A piece of guest memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Segment {
+    /// Guest physical address.
+    pub address: u64,
+    /// Bytes.
+    pub bytes: u32,
+}
+
+/// What is wrong with a chain. The device cannot go on: it does not know what the driver wanted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Malformed {
+    /// A loop, an index beyond the table, a table outside memory, a table inside a table, or 4 GiB and more.
+    #[error("a descriptor chain that does not end")]
+    Endless,
+    /// More descriptors than the queue has. [VIRTIO 1.2 §2.7.5.3.1]
+    #[error("a descriptor chain longer than the queue")]
+    TooLong,
+    /// A readable descriptor behind a writable one. [VIRTIO 1.2 §2.7.4.2]
+    #[error("a readable descriptor behind a writable one")]
+    Order,
+    /// Without a byte for the answer.
+    #[error("a descriptor chain without room for the answer")]
+    NoAnswer,
+    /// The request cannot be read.
+    #[error("a request that is too short or outside memory")]
+    NoRequest,
+}
+
+/// An access that the chain or guest memory does not have.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Fault;
+
+/// One request's buffers.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Chain {
+    head: u16,
+    readable: Vec<Segment>,
+    writable: Vec<Segment>,
+}
+
+impl Chain {
+    /// Replaces this with the chain. The vectors keep their room, so a queue's requests do not allocate for long.
+    ///
+    /// # Errors
+    /// [`Malformed`].
+    pub fn read(
+        &mut self,
+        mut chain: DescriptorChain<&GuestMemoryMmap>,
+        queue_size: u16,
+    ) -> Result<(), Malformed> {
+        self.head = chain.head_index();
+        self.readable.clear();
+        self.writable.clear();
+        // The iterator stops at what it cannot follow, without a word: then the last one has a next.
+        let mut more = true;
+        for descriptor in &mut chain {
+            more = descriptor.has_next();
+            if self.readable.len() + self.writable.len() == usize::from(queue_size) {
+                return Err(Malformed::TooLong);
+            }
+            let segment = Segment {
+                address: descriptor.addr().0,
+                bytes: descriptor.len(),
+            };
+            if descriptor.is_write_only() {
+                self.writable.push(segment);
+            } else if self.writable.is_empty() {
+                self.readable.push(segment);
+            } else {
+                return Err(Malformed::Order);
+            }
+        }
+        if more { Err(Malformed::Endless) } else { Ok(()) }
+    }
+
+    /// The index by which the driver knows it.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// Bytes that the driver gives.
+    pub fn readable_bytes(&self) -> u64 {
+        total(&self.readable)
+    }
+
+    /// Bytes that the driver has room for.
+    pub fn writable_bytes(&self) -> u64 {
+        total(&self.writable)
+    }
+
+    /// Copies what the driver gave, from `offset` of it.
+    ///
+    /// # Errors
+    /// [`Fault`]; part of it may have been copied.
+    pub fn load(&self, memory: &GuestMemoryMmap, offset: u64, bytes: &mut [u8]) -> Result<(), Fault> {
+        each(&self.readable, offset, bytes.len(), |address, range| {
+            memory.read_slice(&mut bytes[range], address).map_err(|_| Fault)
+        })
+    }
+
+    /// Copies to where the driver has room, from `offset` of it.
+    ///
+    /// # Errors
+    /// [`Fault`]; part of it may have been copied.
+    pub fn store(&self, memory: &GuestMemoryMmap, offset: u64, bytes: &[u8]) -> Result<(), Fault> {
+        each(&self.writable, offset, bytes.len(), |address, range| {
+            memory.write_slice(&bytes[range], address).map_err(|_| Fault)
+        })
+    }
+}
+
+fn total(segments: &[Segment]) -> u64 {
+    // 32768 segments of 4 GiB do not overflow.
+    segments.iter().map(|segment| u64::from(segment.bytes)).sum()
+}
+
+/// Calls `copy` for each part of `length` bytes from `offset`.
+fn each(
+    segments: &[Segment],
+    mut offset: u64,
+    length: usize,
+    mut copy: impl FnMut(GuestAddress, std::ops::Range<usize>) -> Result<(), Fault>,
+) -> Result<(), Fault> {
+    let mut done = 0;
+    for segment in segments {
+        if done == length {
+            break;
+        }
+        let bytes = u64::from(segment.bytes);
+        if offset >= bytes {
+            offset -= bytes;
+            continue;
+        }
+        let part = ((bytes - offset) as usize).min(length - done);
+        let address = segment.address.checked_add(offset).ok_or(Fault)?;
+        copy(GuestAddress(address), done..done + part)?;
+        done += part;
+        offset = 0;
+    }
+    if done == length { Ok(()) } else { Err(Fault) }
+}

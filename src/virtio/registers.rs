@@ -1,0 +1,465 @@
+//! What any transport's registers stand for: status, features and queues of one device, as a pure state machine.
+//!
+//! ```text
+//!  RESET ──ACKNOWLEDGE, DRIVER──▶ negotiating ──FEATURES_OK──▶ queues ──DRIVER_OK──▶ live
+//!    ▲                                                                               │  │
+//!    └────────────────────────── status 0, at any time ──────────────────────────────┘  │ broken
+//!    └──────────────────────────────────────────────────────── DEVICE_NEEDS_RESET ◀─────┘
+//! ```
+//!
+//! What a driver does out of turn is ignored, and what it does wrong with a queue makes the device need a reset:
+//! [VIRTIO 1.2 §2.1, §2.2, §3.1]. Nothing is served before DRIVER_OK, and nothing after status 0 was written.
+
+use super::{BackendEvent, BackendNews, QUEUE_SIZE};
+use virtio_bindings::virtio_config as spec;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+/// Status bits. [VIRTIO 1.2 §2.1]
+pub mod status {
+    use super::spec;
+    /// The driver has found the device.
+    pub const ACKNOWLEDGE: u8 = spec::VIRTIO_CONFIG_S_ACKNOWLEDGE as u8;
+    /// It knows how to drive it.
+    pub const DRIVER: u8 = spec::VIRTIO_CONFIG_S_DRIVER as u8;
+    /// It is ready.
+    pub const DRIVER_OK: u8 = spec::VIRTIO_CONFIG_S_DRIVER_OK as u8;
+    /// Features are agreed on.
+    pub const FEATURES_OK: u8 = spec::VIRTIO_CONFIG_S_FEATURES_OK as u8;
+    /// The device cannot go on.
+    pub const DEVICE_NEEDS_RESET: u8 = spec::VIRTIO_CONFIG_S_NEEDS_RESET as u8;
+    /// The driver has given up.
+    pub const FAILED: u8 = spec::VIRTIO_CONFIG_S_FAILED as u8;
+    /// What a driver may set.
+    pub const BY_DRIVER: u8 = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | FAILED;
+}
+
+/// Feature bits that every device here has.
+pub const COMMON_FEATURES: u64 = VERSION_1 | EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+/// No legacy interface; a driver must accept it.
+const VERSION_1: u64 = 1 << spec::VIRTIO_F_VERSION_1;
+const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+
+/// Where a queue is, as the driver says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct QueueSetup {
+    /// Descriptors.
+    pub size: u32,
+    /// Descriptor table, guest physical.
+    pub descriptors: u64,
+    /// Available ring.
+    pub available: u64,
+    /// Used ring.
+    pub used: u64,
+    /// The driver has said all of it.
+    pub ready: bool,
+}
+
+impl QueueSetup {
+    const NEW: QueueSetup = QueueSetup {
+        size: QUEUE_SIZE as u32,
+        descriptors: 0,
+        available: 0,
+        used: 0,
+        ready: false,
+    };
+
+    /// The queue, if it can be one and all of it is in memory.
+    fn queue(&self, memory: &GuestMemoryMmap, features: u64) -> Option<Queue> {
+        let mut queue = Queue::new(QUEUE_SIZE).ok()?;
+        queue.try_set_size(u16::try_from(self.size).ok()?).ok()?;
+        queue
+            .try_set_desc_table_address(GuestAddress(self.descriptors))
+            .ok()?;
+        queue
+            .try_set_avail_ring_address(GuestAddress(self.available))
+            .ok()?;
+        queue.try_set_used_ring_address(GuestAddress(self.used)).ok()?;
+        queue.set_event_idx(features & EVENT_IDX != 0);
+        queue.set_ready(true);
+        // The crate takes an available ring at 0 for a queue that was reset.
+        (self.available != 0 && queue.is_valid(memory)).then_some(queue)
+    }
+}
+
+/// What the register side needs of its queues' actors. None of this waits for the host.
+pub trait Backend: Send {
+    /// Has a queue served from now on.
+    fn start(&mut self, index: usize, queue: Queue, features: u64, life: u32);
+    /// The driver has put something into it.
+    fn notify(&mut self, index: usize);
+    /// When this returns the queue is served no more, and guest memory not touched for it.
+    fn stop(&mut self, index: usize);
+    /// When this returns, guest memory is not touched until [`Backend::resume`].
+    fn suspend(&mut self);
+    /// Goes on.
+    fn resume(&mut self);
+}
+
+/// What a device is to its driver.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Identity {
+    /// Device type. [VIRTIO 1.2 §5]
+    pub device_type: u32,
+    /// Its own features; [`COMMON_FEATURES`] come on top.
+    pub features: u64,
+    /// Its configuration space. No device here has fields that a driver may write.
+    pub configuration: Vec<u8>,
+    /// How many queues.
+    pub queues: usize,
+}
+
+/// A device's registers, whatever the transport.
+pub struct Registers {
+    identity: Identity,
+    memory: GuestMemoryMmap,
+    backend: Box<dyn Backend>,
+    status: u8,
+    driver_features: u64,
+    queues: Vec<QueueSetup>,
+    /// Counts starts, so that news from before a reset can be told.
+    life: u32,
+}
+
+impl Registers {
+    /// A device after reset.
+    pub fn new(identity: Identity, memory: GuestMemoryMmap, backend: Box<dyn Backend>) -> Registers {
+        Registers {
+            queues: vec![QueueSetup::NEW; identity.queues],
+            identity,
+            memory,
+            backend,
+            status: 0,
+            driver_features: 0,
+            life: 0,
+        }
+    }
+
+    /// What it is.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// All that is offered.
+    pub fn device_features(&self) -> u64 {
+        self.identity.features | COMMON_FEATURES
+    }
+
+    /// The status register.
+    pub fn status(&self) -> u8 {
+        self.status
+    }
+
+    /// Replaces 32 bits of what the driver accepts. Ignored once features are agreed on.
+    pub fn set_driver_features(&mut self, high: bool, bits: u32) {
+        if self.status & status::FEATURES_OK != 0 {
+            return;
+        }
+        let shift = if high { 32 } else { 0 };
+        self.driver_features &= !(u64::from(u32::MAX) << shift);
+        self.driver_features |= u64::from(bits) << shift;
+    }
+
+    /// A write of the status register. `true`: the device came to need a reset by it.
+    pub fn set_status(&mut self, value: u8) -> bool {
+        if value == 0 {
+            self.reset();
+            return false;
+        }
+        // A driver must not clear bits; it can only begin anew.
+        let new = value & status::BY_DRIVER & !self.status;
+        self.status |= new & (status::ACKNOWLEDGE | status::DRIVER | status::FAILED);
+        if new & status::FEATURES_OK != 0 && self.features_are_acceptable() {
+            self.status |= status::FEATURES_OK;
+        }
+        let agreed = self.status & status::FEATURES_OK != 0;
+        if new & status::DRIVER_OK != 0 && agreed && self.status & status::DEVICE_NEEDS_RESET == 0 {
+            self.status |= status::DRIVER_OK;
+            return self.start();
+        }
+        false
+    }
+
+    fn features_are_acceptable(&self) -> bool {
+        self.driver_features & !self.device_features() == 0 && self.driver_features & VERSION_1 != 0
+    }
+
+    fn live(&self) -> bool {
+        self.status & (status::DRIVER_OK | status::DEVICE_NEEDS_RESET) == status::DRIVER_OK
+    }
+
+    /// Starts the queues that are ready. `true`: one of them cannot be.
+    fn start(&mut self) -> bool {
+        let features = self.driver_features;
+        let mut queues = Vec::with_capacity(self.queues.len());
+        for (index, setup) in self.queues.iter().enumerate().filter(|(_, setup)| setup.ready) {
+            let Some(queue) = setup.queue(&self.memory, features) else {
+                self.status |= status::DEVICE_NEEDS_RESET;
+                return true;
+            };
+            queues.push((index, queue));
+        }
+        self.life = self.life.wrapping_add(1);
+        for (index, queue) in queues {
+            self.backend.start(index, queue, features, self.life);
+        }
+        false
+    }
+
+    /// Back to the state after power-on, at once: what is under way is dropped.
+    pub fn reset(&mut self) {
+        for index in 0..self.queues.len() {
+            self.backend.stop(index);
+        }
+        self.status = 0;
+        self.driver_features = 0;
+        self.queues.fill(QueueSetup::NEW);
+    }
+
+    /// The longest that a queue can be; 0: there is no such queue.
+    pub fn queue_size_max(&self, index: u32) -> u32 {
+        self.queue(index).map_or(0, |_| QUEUE_SIZE.into())
+    }
+
+    /// A queue, as it was set up.
+    pub fn queue(&self, index: u32) -> Option<&QueueSetup> {
+        self.queues.get(index as usize)
+    }
+
+    /// A queue that may be set up: it is not ready, and the device is not live.
+    pub fn queue_to_set_up(&mut self, index: u32) -> Option<&mut QueueSetup> {
+        let negotiated = self.status & (status::FEATURES_OK | status::DRIVER_OK) == status::FEATURES_OK;
+        self.queues
+            .get_mut(index as usize)
+            .filter(|setup| negotiated && !setup.ready)
+    }
+
+    /// A write of a queue's ready register.
+    pub fn set_ready(&mut self, index: u32, ready: bool) {
+        if ready {
+            if let Some(setup) = self.queue_to_set_up(index) {
+                setup.ready = true;
+            }
+        } else if let Some(setup) = self.queues.get_mut(index as usize) {
+            setup.ready = false;
+            self.backend.stop(index as usize);
+        }
+    }
+
+    /// The driver notifies a queue.
+    pub fn notify(&mut self, index: u32) {
+        if self.live() && self.queue(index).is_some_and(|setup| setup.ready) {
+            self.backend.notify(index as usize);
+        }
+    }
+
+    /// News of a queue's actor. `Some`: the driver has to be told of it.
+    pub fn news(&mut self, news: BackendNews) -> Option<BackendEvent> {
+        if news.life != self.life || !self.live() {
+            return None;
+        }
+        if news.event == BackendEvent::Broken {
+            self.status |= status::DEVICE_NEEDS_RESET;
+            // The other queues stand still too, whichever way they are notified.
+            for index in 0..self.queues.len() {
+                self.backend.stop(index);
+            }
+        }
+        Some(news.event)
+    }
+
+    /// The machine is paused: when this returns, nobody touches guest memory for this device.
+    pub fn pause(&mut self) {
+        self.backend.suspend();
+    }
+
+    /// The machine goes on.
+    pub fn resume(&mut self) {
+        self.backend.resume();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::status::*;
+    use super::*;
+    use crate::virtio::testing::{Call, memory, recorded};
+
+    fn new() -> (Registers, crossbeam_channel::Receiver<Call>) {
+        let (backend, calls) = recorded();
+        let identity = Identity {
+            device_type: 2,
+            features: 1 << 9,
+            configuration: vec![1, 2, 3],
+            queues: 2,
+        };
+        (Registers::new(identity, memory(), backend), calls)
+    }
+
+    /// Sets a queue up at addresses in memory.
+    fn set_up(registers: &mut Registers, index: u32) {
+        let setup = registers.queue_to_set_up(index).unwrap();
+        let base = 0x1_0000 * u64::from(index + 1);
+        (setup.size, setup.descriptors, setup.available, setup.used) =
+            (16, base, base + 0x1000, base + 0x2000);
+        registers.set_ready(index, true);
+    }
+
+    fn negotiate(registers: &mut Registers, features: u64) {
+        registers.set_status(ACKNOWLEDGE);
+        registers.set_status(ACKNOWLEDGE | DRIVER);
+        registers.set_driver_features(false, features as u32);
+        registers.set_driver_features(true, (features >> 32) as u32);
+        registers.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK);
+    }
+
+    const ALL: u8 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
+
+    #[test]
+    fn a_driver_by_the_book_has_its_ready_queues_served() {
+        let (mut registers, calls) = new();
+        negotiate(&mut registers, VERSION_1 | EVENT_IDX | 1 << 9);
+        assert_eq!(registers.status(), ACKNOWLEDGE | DRIVER | FEATURES_OK);
+        set_up(&mut registers, 1);
+        assert!(!registers.set_status(ALL));
+        assert_eq!(registers.status(), ALL);
+        let started = Call::Start {
+            index: 1,
+            size: 16,
+            event_idx: true,
+            life: 1,
+        };
+        assert_eq!(calls.try_iter().collect::<Vec<_>>(), [started]);
+        registers.notify(0);
+        registers.notify(1);
+        registers.notify(2);
+        assert_eq!(calls.try_iter().collect::<Vec<_>>(), [Call::Notify(1)]);
+    }
+
+    #[test]
+    fn which_features_are_accepted() {
+        let offered = COMMON_FEATURES | 1 << 9;
+        for (features, accepted) in [
+            (VERSION_1, true),
+            (offered, true),
+            (0, false),
+            (1 << 9, false),
+            (VERSION_1 | 1 << 5, false),
+            (VERSION_1 | 1 << 34, false),
+            (u64::MAX, false),
+        ] {
+            let (mut registers, _calls) = new();
+            negotiate(&mut registers, features);
+            let agreed = registers.status() & FEATURES_OK != 0;
+            assert_eq!(agreed, accepted, "{features:#x}");
+        }
+    }
+
+    #[test]
+    fn out_of_turn_is_ignored() {
+        let (mut registers, calls) = new();
+        // No DRIVER_OK without features; no queue without features.
+        registers.set_status(DRIVER_OK);
+        assert_eq!(registers.status(), 0);
+        assert!(registers.queue_to_set_up(0).is_none());
+        registers.set_ready(0, true);
+        assert!(!registers.queue(0).unwrap().ready);
+        // Features are settled, and a queue that is ready too.
+        negotiate(&mut registers, VERSION_1);
+        registers.set_driver_features(false, 1 << 9);
+        set_up(&mut registers, 0);
+        assert!(registers.queue_to_set_up(0).is_none());
+        // Bits cannot be cleared, and those of the device not be set.
+        registers.set_status(ACKNOWLEDGE | DEVICE_NEEDS_RESET | 0x30);
+        assert_eq!(registers.status(), ACKNOWLEDGE | DRIVER | FEATURES_OK);
+        registers.set_status(ALL);
+        registers.set_status(ALL);
+        assert!(registers.queue_to_set_up(1).is_none());
+        registers.set_ready(1, true);
+        assert!(!registers.queue(1).unwrap().ready);
+        assert_eq!(calls.try_iter().count(), 1, "started once");
+    }
+
+    #[test]
+    fn a_queue_that_cannot_be_needs_a_reset() {
+        type Spoil = fn(&mut QueueSetup);
+        let spoils: [Spoil; 11] = [
+            |setup| setup.size = 0,
+            |setup| setup.size = 3,
+            |setup| setup.size = 512,
+            |setup| setup.size = 0x1_0010,
+            |setup| setup.descriptors = 0xffff_ffff_ffff_fff0,
+            |setup| setup.descriptors = 8,
+            |setup| setup.available = 0,
+            |setup| setup.available = 1,
+            |setup| setup.used = 2,
+            |setup| setup.used = 1 << 40,
+            |setup| setup.descriptors = crate::virtio::testing::MEMORY_BYTES - 16,
+        ];
+        for (number, spoil) in spoils.into_iter().enumerate() {
+            let (mut registers, calls) = new();
+            negotiate(&mut registers, VERSION_1);
+            set_up(&mut registers, 0);
+            set_up(&mut registers, 1);
+            spoil(&mut registers.queues[1]);
+            assert!(registers.set_status(ALL), "{number}");
+            assert_ne!(registers.status() & DEVICE_NEEDS_RESET, 0, "{number}");
+            assert_eq!(calls.try_iter().count(), 0, "none is served");
+            registers.notify(0);
+            assert_eq!(calls.try_iter().count(), 0);
+            registers.set_status(0);
+            assert_eq!(registers.status(), 0);
+        }
+    }
+
+    #[test]
+    fn a_reset_stops_everything_and_news_from_before_are_nobodys() {
+        let (mut registers, calls) = new();
+        let start = |registers: &mut Registers| {
+            negotiate(registers, VERSION_1);
+            set_up(registers, 0);
+            registers.set_status(ALL);
+            registers.life
+        };
+        let first = start(&mut registers);
+        assert_eq!(
+            registers.news(BackendNews::new(first, BackendEvent::Used)),
+            Some(BackendEvent::Used)
+        );
+        registers.set_status(0);
+        let stopped = calls.try_iter().filter(|call| matches!(call, Call::Stop(_)));
+        assert_eq!(stopped.count(), 2);
+        assert_eq!(
+            registers.news(BackendNews::new(first, BackendEvent::Broken)),
+            None
+        );
+        assert_eq!(
+            (registers.status(), registers.queue(0)),
+            (0, Some(&QueueSetup::NEW))
+        );
+        let second = start(&mut registers);
+        assert_eq!(
+            registers.news(BackendNews::new(first, BackendEvent::Broken)),
+            None
+        );
+        assert_eq!(registers.status(), ALL);
+        let broken = BackendNews::new(second, BackendEvent::Broken);
+        assert_eq!(registers.news(broken), Some(BackendEvent::Broken));
+        assert_eq!(registers.status(), ALL | DEVICE_NEEDS_RESET);
+        assert_eq!(registers.news(broken), None, "told once");
+    }
+
+    #[test]
+    fn a_queue_alone_can_be_stopped() {
+        let (mut registers, calls) = new();
+        negotiate(&mut registers, VERSION_1);
+        set_up(&mut registers, 0);
+        registers.set_status(ALL);
+        calls.try_iter().count();
+        registers.set_ready(0, false);
+        registers.notify(0);
+        assert_eq!(calls.try_iter().collect::<Vec<_>>(), [Call::Stop(0)]);
+        assert!(!registers.queue(0).unwrap().ready);
+    }
+}
