@@ -139,6 +139,8 @@ pub enum BackendEvent {
     Used,
     /// A queue cannot be served any more.
     Broken,
+    /// What the device publishes of its configuration has changed. Only when interrupts go by message.
+    Reconfigured,
 }
 
 /// The same with the life of the device that it belongs to: news from before a reset are nobody's.

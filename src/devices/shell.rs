@@ -113,6 +113,8 @@ struct Held {
     output: bool,
     /// The last thing heard from behind the device, unless an earlier one says more.
     news: Option<BackendNews>,
+    /// The last change of the configuration.
+    change: Option<BackendNews>,
 }
 
 impl Shell {
@@ -138,7 +140,7 @@ impl Shell {
             Lifecycle::Resume => {
                 if let Some(held) = self.held.take() {
                     self.device.resume(&mut self.outside);
-                    if let Some(news) = held.news {
+                    for news in [held.change, held.news].into_iter().flatten() {
                         self.device.backend_news(&mut self.outside, news);
                     }
                     if held.tick {
@@ -190,6 +192,9 @@ impl Shell {
             (DeviceMessage::Tick, Some(held)) => held.tick = true,
             (DeviceMessage::InputReady, Some(held)) => held.input = true,
             (DeviceMessage::OutputReady, Some(held)) => held.output = true,
+            (DeviceMessage::Backend(news), Some(held)) if news.event == BackendEvent::Reconfigured => {
+                held.change = Some(news);
+            }
             (DeviceMessage::Backend(news), Some(held)) => {
                 let broken = |held: BackendNews| held.life == news.life && held.event == BackendEvent::Broken;
                 if !held.news.is_some_and(broken) {

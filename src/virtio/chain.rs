@@ -41,16 +41,35 @@ pub enum Malformed {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Fault;
 
-/// One request's buffers.
+/// The driver's name for a chain, and the room in it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Head {
+    /// Index of its first descriptor.
+    pub index: u16,
+    /// Bytes that the driver has room for in it.
+    pub room: u64,
+}
+
+/// The most descriptors of chains that are put together: a frame of 64 KiB in pages, with much to spare.
+const MOST_SEGMENTS: usize = 1024;
+
+/// One request's buffers: a chain's, or several chains' if one has not enough room.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Chain {
-    head: u16,
+    heads: Vec<Head>,
     readable: Vec<Segment>,
     writable: Vec<Segment>,
 }
 
 impl Chain {
-    /// Replaces this with the chain. The vectors keep their room, so a queue's requests do not allocate for long.
+    /// None. The vectors keep their room, so a queue's requests do not allocate for long.
+    pub fn clear(&mut self) {
+        self.heads.clear();
+        self.readable.clear();
+        self.writable.clear();
+    }
+
+    /// Adds a chain.
     ///
     /// # Errors
     /// [`Malformed`].
@@ -59,14 +78,14 @@ impl Chain {
         mut chain: DescriptorChain<&GuestMemoryMmap>,
         queue_size: u16,
     ) -> Result<(), Malformed> {
-        self.head = chain.head_index();
-        self.readable.clear();
-        self.writable.clear();
+        let (readable, writable) = (self.readable.len(), self.writable.len());
+        let before = self.writable_bytes();
+        let index = chain.head_index();
         // The iterator stops at what it cannot follow, without a word: then the last one has a next.
         let mut more = true;
         for descriptor in &mut chain {
             more = descriptor.has_next();
-            if self.readable.len() + self.writable.len() == usize::from(queue_size) {
+            if self.readable.len() + self.writable.len() == readable + writable + usize::from(queue_size) {
                 return Err(Malformed::TooLong);
             }
             let segment = Segment {
@@ -75,18 +94,29 @@ impl Chain {
             };
             if descriptor.is_write_only() {
                 self.writable.push(segment);
-            } else if self.writable.is_empty() {
+            } else if self.writable.len() == writable {
                 self.readable.push(segment);
             } else {
                 return Err(Malformed::Order);
             }
         }
-        if more { Err(Malformed::Endless) } else { Ok(()) }
+        if more {
+            return Err(Malformed::Endless);
+        }
+        let room = self.writable_bytes() - before;
+        self.heads.push(Head { index, room });
+        Ok(())
     }
 
-    /// The index by which the driver knows it.
-    pub fn head(&self) -> u16 {
-        self.head
+    /// By what the driver knows them.
+    pub fn heads(&self) -> &[Head] {
+        &self.heads
+    }
+
+    /// No more chains can be added: the driver has no more in a queue of this size, or it is enough by any measure.
+    pub fn is_full(&self, queue_size: u16) -> bool {
+        self.heads.len() >= usize::from(queue_size)
+            || self.readable.len() + self.writable.len() >= MOST_SEGMENTS
     }
 
     /// Bytes that the driver gives.

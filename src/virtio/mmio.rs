@@ -117,8 +117,7 @@ impl Mmio {
             | spec::VIRTIO_MMIO_SHM_LEN_HIGH
             | spec::VIRTIO_MMIO_SHM_BASE_LOW
             | spec::VIRTIO_MMIO_SHM_BASE_HIGH => NO_SHARED_MEMORY,
-            // No configuration here ever changes.
-            spec::VIRTIO_MMIO_CONFIG_GENERATION => 0,
+            spec::VIRTIO_MMIO_CONFIG_GENERATION => self.registers.configuration_generation(),
             _ => return None,
         })
     }
@@ -164,13 +163,8 @@ impl Mmio {
 
     fn read_configuration(&self, offset: u64, width: Width) -> u64 {
         let mut bytes = [0xff; 8];
-        let configuration = &self.registers.identity().configuration;
-        for (at, byte) in bytes[..width.bytes()].iter_mut().enumerate() {
-            let at = usize::try_from(offset)
-                .ok()
-                .and_then(|offset| offset.checked_add(at));
-            *byte = at.and_then(|at| configuration.get(at).copied()).unwrap_or(0xff);
-        }
+        self.registers
+            .read_configuration(offset, &mut bytes[..width.bytes()]);
         u64::from_le_bytes(bytes)
     }
 }
@@ -213,7 +207,7 @@ impl Device for Mmio {
     fn backend_news(&mut self, _cx: &mut dyn Context, news: BackendNews) {
         match self.registers.news(news) {
             Some(BackendEvent::Used) => self.raise(USED),
-            Some(BackendEvent::Broken) => self.raise(CONFIGURATION),
+            Some(BackendEvent::Broken | BackendEvent::Reconfigured) => self.raise(CONFIGURATION),
             None => {}
         }
     }

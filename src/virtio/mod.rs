@@ -13,7 +13,7 @@
 //! | virtio-mmio's registers | `mmio.rs` |
 //! | a queue's actor | `queue.rs` |
 //! | who may touch guest memory, and how it is taken back | `lease.rs` |
-//! | descriptor chains from a guest | `chain.rs` |
+//! | descriptor chains from a guest, and back | `chain.rs`, `used.rs` |
 //! | interrupts by irqfd | `interrupt.rs` |
 //! | the devices | `rng.rs`, `block/` |
 //! | what the user says, and what is opened for it | `config.rs` |
@@ -34,6 +34,7 @@ pub mod registers;
 pub mod rng;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod used;
 
 /// The most that is copied between guest memory and a queue's own buffer in one touch, bytes. Larger costs memory a
 /// queue and time when a reset has to wait for it, smaller costs system calls.

@@ -16,6 +16,7 @@ use super::chain::{Chain, Fault, Malformed};
 use super::complaints::Complaints;
 use super::interrupt::{self, Latch};
 use super::lease::{Epoch, Lessee, Lessor, Refused, Touch, lease};
+use super::used::{give_back, put_back};
 use super::{BackendEvent, BackendNews, CHUNK_BYTES};
 use crate::actors::{Rank, RankGuard};
 use crate::devices::shell::DeviceMessage;
@@ -54,6 +55,8 @@ pub enum Interruption {
     Gone,
     /// The driver made a mistake after which the queue cannot be served.
     Broken(Malformed),
+    /// Nothing was done for the driver: the request stays at the head of the queue, for the next use of it.
+    Untaken,
 }
 
 impl From<Malformed> for Interruption {
@@ -66,6 +69,29 @@ impl From<Malformed> for Interruption {
 pub trait Handler: Send {
     /// A driver has started the device with these features.
     fn start(&mut self, _features: u64) {}
+
+    /// Gets ready for the next request, before it is taken. Must not wait. `false`: not now; it is tried again when the
+    /// bell rings, or what [`Handler::waits_for`] says has happened.
+    fn prepare(&mut self) -> bool {
+        true
+    }
+
+    /// What the host has to do before [`Handler::prepare`] can succeed, if it is not the driver who has to.
+    fn waits_for(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
+        None
+    }
+
+    /// How much room the next request has to have, bytes: so many of the driver's chains are put together for it, if
+    /// there are.
+    fn room(&self) -> u64 {
+        0
+    }
+
+    /// Whether the device's published configuration ([`super::registers::Published`]) has changed, and the driver is to
+    /// be told. Asked whenever the actor has been awake.
+    fn reconfigured(&mut self) -> bool {
+        false
+    }
 
     /// Does what the request says. Returns how many bytes were written to the driver's buffers.
     ///
@@ -92,6 +118,29 @@ impl Request<'_> {
     /// Bytes that the driver has room for.
     pub fn writable_bytes(&self) -> u64 {
         self.chain.writable_bytes()
+    }
+
+    /// How many of the driver's chains it is made of.
+    pub fn chains(&self) -> usize {
+        self.chain.heads().len()
+    }
+
+    /// Copies what the driver gave. `Ok(Err)`: it cannot be read.
+    ///
+    /// # Errors
+    /// [`Interruption::Gone`].
+    pub fn load_into(&self, offset: u64, bytes: &mut [u8]) -> Result<Result<(), Fault>, Interruption> {
+        let _touch = self.guest.touch(self.epoch)?;
+        Ok(self.chain.load(&self.guest.memory, offset, bytes))
+    }
+
+    /// Copies to where the driver has room.
+    ///
+    /// # Errors
+    /// [`Interruption::Gone`].
+    pub fn store_from(&self, offset: u64, bytes: &[u8]) -> Result<Result<(), Fault>, Interruption> {
+        let _touch = self.guest.touch(self.epoch)?;
+        Ok(self.chain.store(&self.guest.memory, offset, bytes))
     }
 
     /// Copies the first `length` bytes of the buffer from what the driver gave. `Ok(Err)`: it cannot be read.
@@ -137,19 +186,21 @@ impl Guest {
                 }
                 // Whoever resumes, resets or ends the machine rings. What else rang is found when the queue is looked
                 // at again, which it always is after a request.
-                Err(Refused::Suspended) => self.rest(None),
+                Err(Refused::Suspended) => self.rest(None, None),
             }
         }
     }
 
-    /// Sleeps until the bell rings.
-    fn rest(&self, limit: Option<Duration>) {
+    /// Sleeps until the bell rings, or the host has done something.
+    fn rest(&self, limit: Option<Duration>, host: Option<(BorrowedFd<'_>, PollFlags)>) {
         // SAFETY: the descriptor belongs to `self.bell`, which outlives the poll.
         let bell = unsafe { BorrowedFd::borrow_raw(self.bell.as_raw_fd()) };
-        let mut polled = [PollFd::new(bell, PollFlags::POLLIN)];
-        match ppoll(&mut polled, limit.map(TimeSpec::from), None::<SigSet>) {
-            Ok(0) | Err(Errno::EINTR) => {}
-            Ok(_) => drop(self.bell.read()),
+        let (fd, events) = host.unwrap_or((bell, PollFlags::POLLIN));
+        let mut polled = [PollFd::new(bell, PollFlags::POLLIN), PollFd::new(fd, events)];
+        let polled = &mut polled[..1 + usize::from(host.is_some())];
+        match ppoll(polled, limit.map(TimeSpec::from), None::<SigSet>) {
+            Ok(_) if polled[0].any() == Some(true) => drop(self.bell.read()),
+            Ok(_) | Err(Errno::EINTR) => {}
             // Out of kernel memory. Not to spin meanwhile.
             Err(_) => std::thread::sleep(RETRY),
         }
@@ -321,6 +372,7 @@ impl QueueActor {
                 latch: self.latch,
                 tell,
                 untold: None,
+                unconfigured: None,
             },
             queue_number: self.queue_number,
             chain: Chain::default(),
@@ -347,6 +399,8 @@ struct Signal {
     tell: Box<dyn Tell>,
     /// What the register side's mailbox had no room for. The later of two says all.
     untold: Option<BackendNews>,
+    /// The same of changes of the configuration.
+    unconfigured: Option<BackendNews>,
 }
 
 impl Signal {
@@ -358,12 +412,25 @@ impl Signal {
         self.again();
     }
 
+    /// The same of a change of the configuration.
+    fn tell_change(&mut self, life: u32) {
+        self.unconfigured = Some(BackendNews::new(life, BackendEvent::Reconfigured));
+        self.again();
+    }
+
     fn again(&mut self) {
-        if let Some(news) = self.untold
-            && self.tell.try_tell(DeviceMessage::Backend(news))
-        {
-            self.untold = None;
+        for news in [&mut self.unconfigured, &mut self.untold] {
+            if let Some(what) = *news
+                && self.tell.try_tell(DeviceMessage::Backend(what))
+            {
+                *news = None;
+            }
         }
+    }
+
+    /// When to try again.
+    fn retry(&self) -> Option<Duration> {
+        (self.untold.is_some() || self.unconfigured.is_some()).then_some(RETRY)
     }
 }
 
@@ -387,10 +454,11 @@ impl Running {
                 self.handler.start(start.features);
                 served = Some(start);
             }
+            let mut rest = Rest::ForDriver;
             if let Some(start) = &mut served {
                 match self.serve(start) {
-                    Ok(()) => {}
-                    Err(Interruption::Gone) => served = None,
+                    Ok(how) => rest = how,
+                    Err(Interruption::Gone | Interruption::Untaken) => served = None,
                     Err(Interruption::Broken(mistake)) => {
                         self.complaints.say(format_args!(
                             "{}: the driver's queue {} cannot be served any more and the driver has to reset the device: {mistake}",
@@ -401,52 +469,101 @@ impl Running {
                     }
                 }
             }
+            if self.handler.reconfigured()
+                && let Some(start) = &served
+            {
+                self.tell_change(start.epoch, start.life);
+            }
             self.signal.again();
-            self.guest.rest(self.signal.untold.map(|_| RETRY));
+            let host = match rest {
+                Rest::ForHost => self.handler.waits_for(),
+                Rest::ForDriver => None,
+            };
+            self.guest.rest(self.signal.retry(), host);
         }
     }
 
-    /// Serves what is there, until nothing is.
-    fn serve(&mut self, start: &mut Start) -> Result<(), Interruption> {
+    /// Tells the driver that the configuration has changed, unless it is gone: then it looks anyway.
+    fn tell_change(&mut self, epoch: Epoch, life: u32) {
+        match &self.signal.latch {
+            Some(latch) => {
+                // Under the lease, so that no bit is set after a reset has cleared them.
+                if let Ok(_touch) = self.guest.touch(epoch) {
+                    latch.raise(interrupt::CONFIGURATION);
+                }
+            }
+            None => self.signal.tell_change(life),
+        }
+    }
+
+    /// Serves what is there, until nothing is. Returns what has to happen next.
+    fn serve(&mut self, start: &mut Start) -> Result<Rest, Interruption> {
         let Start {
             epoch, queue, life, ..
         } = start;
         let broken = |_| Interruption::Broken(Malformed::Endless);
         loop {
-            while self.next(*epoch, queue)? {
-                let mut request = Request {
-                    chain: &self.chain,
-                    guest: &self.guest,
-                    epoch: *epoch,
-                    buffer: &mut self.buffer,
-                };
-                let used = self.handler.serve(&mut request)?;
-                let touch = self.guest.touch(*epoch)?;
-                let memory = &self.guest.memory;
-                queue.add_used(memory, self.chain.head(), used).map_err(broken)?;
-                let notify = queue.needs_notification(memory).map_err(broken)?;
-                // Under the lease, so that no bit is set after a reset has cleared them.
-                if notify && let Some(latch) = &self.signal.latch {
-                    latch.raise(interrupt::USED);
-                }
-                // Not under the lease: the register side may wait for it while it has the mailbox.
-                drop(touch);
-                if notify && self.signal.latch.is_none() {
-                    self.signal.tell(*life, BackendEvent::Used);
-                }
+            if self.guest.ending.load(Ordering::Acquire) {
+                return Err(Interruption::Gone);
             }
-            let _touch = self.guest.touch(*epoch)?;
+            if !self.handler.prepare() {
+                // A reset while the host does nothing is found out here: nobody rings for what is not served any more.
+                drop(self.guest.touch(*epoch)?);
+                return Ok(Rest::ForHost);
+            }
+            if !self.gather(*epoch, queue)? {
+                return Ok(Rest::ForDriver);
+            }
+            let mut request = Request {
+                chain: &self.chain,
+                guest: &self.guest,
+                epoch: *epoch,
+                buffer: &mut self.buffer,
+            };
+            let used = match self.handler.serve(&mut request) {
+                Err(Interruption::Untaken) => {
+                    put_back(queue, &self.chain);
+                    continue;
+                }
+                result => result?,
+            };
+            let touch = self.guest.touch(*epoch)?;
+            let notify = give_back(queue, &self.guest.memory, &self.chain, used).map_err(broken)?;
+            // Under the lease, so that no bit is set after a reset has cleared them.
+            if notify && let Some(latch) = &self.signal.latch {
+                latch.raise(interrupt::USED);
+            }
+            // Not under the lease: the register side may wait for it while it has the mailbox.
+            drop(touch);
+            if notify && self.signal.latch.is_none() {
+                self.signal.tell(*life, BackendEvent::Used);
+            }
+        }
+    }
+
+    /// Takes the next request: a chain, or as many as have the room that the handler needs. `false`: they are not there
+    /// yet, and the driver will notify when there are more.
+    fn gather(&mut self, epoch: Epoch, queue: &mut Queue) -> Result<bool, Interruption> {
+        let broken = |_| Interruption::Broken(Malformed::Endless);
+        let room = self.handler.room();
+        self.chain.clear();
+        loop {
+            if self.next(epoch, queue)? {
+                if self.chain.writable_bytes() >= room || self.chain.is_full(queue.size()) {
+                    return Ok(true);
+                }
+                continue;
+            }
+            let _touch = self.guest.touch(epoch)?;
             if !queue.enable_notification(&self.guest.memory).map_err(broken)? {
-                return Ok(());
+                put_back(queue, &self.chain);
+                return Ok(false);
             }
         }
     }
 
     /// Takes the next chain. `false`: there is none.
     fn next(&mut self, epoch: Epoch, queue: &mut Queue) -> Result<bool, Interruption> {
-        if self.guest.ending.load(Ordering::Acquire) {
-            return Err(Interruption::Gone);
-        }
         let _touch = self.guest.touch(epoch)?;
         let memory = &self.guest.memory;
         let longest = queue.max_size();
@@ -459,4 +576,13 @@ impl Running {
         self.chain.read(chain, longest)?;
         Ok(true)
     }
+}
+
+/// What a queue's actor sleeps for, beside its bell.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Rest {
+    /// Nothing.
+    ForDriver,
+    /// What its handler waits for.
+    ForHost,
 }

@@ -11,6 +11,8 @@
 //! [VIRTIO 1.2 §2.1, §2.2, §3.1]. Nothing is served before DRIVER_OK, and nothing after status 0 was written.
 
 use super::{BackendEvent, BackendNews, QUEUE_SIZE};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use virtio_bindings::virtio_config as spec;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueT};
@@ -97,6 +99,55 @@ pub trait Backend: Send {
     fn resume(&mut self);
 }
 
+/// A field of the configuration space that a queue's actor changes and the register side reads in place: 16 bits, and
+/// a count of the changes, which is the configuration's generation [VIRTIO 1.2 §2.5].
+///
+/// One word, so that field and generation change together. It stands for itself, but the interrupt that tells of it comes
+/// behind: `Release` here and `Acquire` there, so that whoever comes for the interrupt finds the change.
+#[derive(Clone, Debug)]
+pub struct Published {
+    /// Where it is in the configuration space.
+    pub offset: usize,
+    word: Arc<AtomicU64>,
+}
+
+impl Published {
+    /// A field with this value.
+    pub fn new(offset: usize, value: u16) -> Published {
+        let word = Arc::new(AtomicU64::new(value.into()));
+        Published { offset, word }
+    }
+
+    /// Changes it. For its one owner. Returns whether it was another one.
+    pub fn set(&self, value: u16) -> bool {
+        let old = self.word.load(Ordering::Relaxed);
+        if old as u16 == value {
+            return false;
+        }
+        let generation = (old >> 32) as u32;
+        let new = u64::from(generation.wrapping_add(1)) << 32 | u64::from(value);
+        self.word.store(new, Ordering::Release);
+        true
+    }
+
+    /// Its value.
+    pub fn value(&self) -> u16 {
+        self.word.load(Ordering::Acquire) as u16
+    }
+
+    fn generation(&self) -> u32 {
+        (self.word.load(Ordering::Acquire) >> 32) as u32
+    }
+}
+
+impl PartialEq for Published {
+    fn eq(&self, other: &Published) -> bool {
+        self.offset == other.offset && Arc::ptr_eq(&self.word, &other.word)
+    }
+}
+
+impl Eq for Published {}
+
 /// What a device is to its driver.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Identity {
@@ -106,6 +157,8 @@ pub struct Identity {
     pub features: u64,
     /// Its configuration space. No device here has fields that a driver may write.
     pub configuration: Vec<u8>,
+    /// The one field of it that changes, if one does.
+    pub published: Option<Published>,
     /// How many queues.
     pub queues: usize,
 }
@@ -139,6 +192,31 @@ impl Registers {
     /// What it is.
     pub fn identity(&self) -> &Identity {
         &self.identity
+    }
+
+    /// How often the configuration has changed.
+    pub fn configuration_generation(&self) -> u32 {
+        self.identity.published.as_ref().map_or(0, Published::generation)
+    }
+
+    /// Bytes of the configuration space; what is beyond its end stays as it is.
+    pub fn read_configuration(&self, offset: u64, bytes: &mut [u8]) {
+        let field = self.identity.published.as_ref();
+        let field = field.map(|field| (field.offset, field.value().to_le_bytes()));
+        let Ok(offset) = usize::try_from(offset) else {
+            return;
+        };
+        for (at, byte) in bytes.iter_mut().enumerate() {
+            let Some(at) = offset.checked_add(at) else { return };
+            if let Some(value) = self.identity.configuration.get(at) {
+                *byte = *value;
+            }
+            if let Some((start, value)) = field
+                && let Some(value) = at.checked_sub(start).and_then(|at| value.get(at))
+            {
+                *byte = *value;
+            }
+        }
     }
 
     /// All that is offered.
@@ -286,12 +364,38 @@ mod tests {
     use super::*;
     use crate::virtio::testing::{Call, memory, recorded};
 
+    #[test]
+    fn a_published_field_is_read_in_place_and_counts_its_changes() {
+        let (backend, _calls) = recorded();
+        let field = Published::new(6, 1);
+        let identity = Identity {
+            device_type: 1,
+            features: 0,
+            configuration: (0..10).collect(),
+            published: Some(field.clone()),
+            queues: 0,
+        };
+        let registers = Registers::new(identity, memory(), backend);
+        let read = |offset| {
+            let mut bytes = [0xff; 4];
+            registers.read_configuration(offset, &mut bytes);
+            bytes
+        };
+        assert_eq!((read(4), registers.configuration_generation()), ([4, 5, 1, 0], 0));
+        assert!(!field.set(1));
+        assert!(field.set(0x1234));
+        assert_eq!(read(7), [0x12, 8, 9, 0xff]);
+        assert_eq!((read(u64::MAX - 1), read(3)), ([0xff; 4], [3, 4, 5, 0x34]));
+        assert_eq!((field.value(), registers.configuration_generation()), (0x1234, 1));
+    }
+
     fn new() -> (Registers, crossbeam_channel::Receiver<Call>) {
         let (backend, calls) = recorded();
         let identity = Identity {
             device_type: 2,
             features: 1 << 9,
             configuration: vec![1, 2, 3],
+            published: None,
             queues: 2,
         };
         (Registers::new(identity, memory(), backend), calls)

@@ -18,6 +18,7 @@ pub fn identity() -> Identity {
         device_type: ENTROPY_DEVICE,
         features: 0,
         configuration: Vec::new(),
+        published: None,
         queues: 1,
     }
 }

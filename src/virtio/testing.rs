@@ -80,6 +80,7 @@ pub fn mmio(latched: bool) -> (Mmio, Receiver<Call>) {
         device_type: 2,
         features: 1 << 9,
         configuration: (0..60).collect(),
+        published: None,
         queues: 2,
     };
     let latch = latched.then(|| Latch::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()));

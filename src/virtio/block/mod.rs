@@ -53,6 +53,7 @@ pub fn identity(image: &Image, queues: u16) -> Identity {
         device_type: BLOCK_DEVICE,
         features,
         configuration: configuration(image, queues),
+        published: None,
         queues: queues.into(),
     }
 }
