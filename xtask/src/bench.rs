@@ -1,5 +1,7 @@
 //! `cargo xtask bench boot`: exec to /init, and memory outside guest RAM.
 
+pub mod victim;
+
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 

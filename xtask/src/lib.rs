@@ -2,5 +2,6 @@
 //! process 1 inside.
 
 pub mod cpio;
+pub mod figures;
 pub mod protocol;
 pub mod scenario;

@@ -48,6 +48,8 @@ enum Bench {
     Boot(bench::Args),
     /// A hundred million asks from many senders under every placement: none lost, none doubled
     Stress,
+    /// Stock Linux on one device while its other CPU is on one that blocks, under each discipline of dispatch
+    Victim(bench::victim::Args),
 }
 
 fn main() -> ExitCode {
@@ -69,5 +71,6 @@ fn run(task: Task) -> Result<bool> {
         Task::EmulatedHost(args) => emulated_host::run(&args),
         Task::Bench(Bench::Boot(args)) => bench::run(&args),
         Task::Bench(Bench::Stress) => bench::stress(),
+        Task::Bench(Bench::Victim(args)) => bench::victim::run(&args),
     }
 }

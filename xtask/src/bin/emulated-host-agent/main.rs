@@ -8,6 +8,7 @@
 
 mod bench;
 mod host;
+mod port_meter;
 mod report;
 mod run;
 mod smaps;
@@ -23,6 +24,16 @@ use harness::scenario;
 use crate::report::Report;
 
 fn main() {
+    if std::env::args()
+        .next()
+        .is_some_and(|name| name.ends_with("port-meter"))
+    {
+        if let Err(error) = port_meter::main() {
+            eprintln!("port-meter: {error:#}");
+            std::process::exit(1);
+        }
+        return;
+    }
     if std::process::id() != 1 {
         eprintln!("this program is process 1 of the emulated host; see `cargo xtask emulated-host --help`");
         std::process::exit(2);
