@@ -307,21 +307,28 @@ impl<A: Actor> Port<A> {
     /// Asks or posts. Which of them matters only while the actor is busy, and only then `is_post` is called. `true`: it
     /// was a post, and may not have been handled yet.
     ///
+    /// The message is made where it goes to: one that is made before is copied between taking the token and letting go
+    /// of it, and the second of these steps waits for every load and store before.
+    ///
     /// # Errors
     /// As [`Port::ask`] and [`Port::post`].
     ///
     /// # Panics
     /// As [`Port::ask`].
     #[inline]
-    pub fn tell(&mut self, message: A::Message, is_post: impl FnOnce() -> bool) -> Result<bool, Closed> {
+    pub fn tell(
+        &mut self,
+        message: impl FnOnce() -> A::Message,
+        is_post: impl FnOnce() -> bool,
+    ) -> Result<bool, Closed> {
         rank::assert_may_wait_for(A::RANK, &self.core.name);
         if self.try_take() {
-            return self.turn(message, |_| false);
+            return self.turn(message(), |_| false);
         }
         if is_post() {
-            self.post_busy(message).map(|()| true)
+            self.post_busy(message()).map(|()| true)
         } else {
-            self.ask_busy(message).map(|_| false)
+            self.ask_busy(message()).map(|_| false)
         }
     }
 

@@ -215,7 +215,7 @@ impl Reach for Vec<Port<Shell>> {
     #[inline]
     fn write(&mut self, device: usize, access: Access, value: u64, classify: Classify) -> bool {
         let is_post = || classify(access, Direction::Write) == AccessClass::Post;
-        let sent = self[device].tell(DeviceMessage::Write(access, value), is_post);
+        let sent = self[device].tell(|| DeviceMessage::Write(access, value), is_post);
         // A dead device takes nothing.
         sent.unwrap_or(false)
     }

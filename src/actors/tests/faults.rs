@@ -384,7 +384,7 @@ fn send_at_random(
                 }
             },
             4 | 5 => port.post(entry).is_err(),
-            6 => port.tell(entry, || true).is_err(),
+            6 => port.tell(|| entry, || true).is_err(),
             _ => matches!(port.try_post(entry), Err(None)),
         };
         if closed {
