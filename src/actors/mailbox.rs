@@ -49,7 +49,7 @@
 //! Each is a [`Site`], and a model fails without it (`planted.rs`).
 
 use super::lane::{Call, LANE_CREDITS, Lane, PARKED, WAITING};
-use super::park::{Futex, spin_until};
+use super::park::{Futex, Patience, spin_until};
 use super::placement::Runner;
 use super::rank::RankGuard;
 use super::sync::{Arc, AtomicU64, Bug, Ordering, Site, UnsafeCell, at, planted};
@@ -423,6 +423,7 @@ impl<A: Actor> Core<A> {
 
     /// The life of the actor's own thread (placement `thread`): the one holder, from spawn to the end.
     pub(super) fn reside(&self) {
+        let mut patience = Patience::new();
         loop {
             let bits = self.sweep();
             if bits != 0 {
@@ -432,7 +433,13 @@ impl<A: Actor> Core<A> {
                     Sweep::Closed | Sweep::HandedOver => return,
                 }
             }
-            if spin_until(|| self.word.load(Ordering::Relaxed) != HELD) {
+            let has_work = || self.word.load(Ordering::Relaxed) != HELD;
+            if spin_until(has_work) {
+                continue;
+            }
+            // Whoever finds us asleep pays for it: waking costs a sender more than what it came for.
+            let idle = Instant::now();
+            if patience.look(idle, has_work) {
                 continue;
             }
             if !planted(Bug::BellLate) {
@@ -456,6 +463,7 @@ impl<A: Actor> Core<A> {
                 while self.bell.load(Ordering::Relaxed) == 0 {
                     self.bell.wait(0);
                 }
+                patience.slept(idle.elapsed());
             }
         }
     }

@@ -4,6 +4,7 @@
 //! never missed: either the sleeper sees the new value and does not sleep, or the waker finds it asleep.
 
 use super::sync::{AtomicU32, Ordering, spin_loop};
+use std::time::{Duration, Instant};
 
 /// A word to wait on.
 pub(crate) struct Futex {
@@ -161,4 +162,89 @@ pub(crate) fn yield_until(mut ready: impl FnMut() -> bool) -> bool {
         std::thread::yield_now();
     }
     ready()
+}
+
+/// How long a thread that has nothing to do looks for work before it sleeps: as long as sleeping would have been in vain,
+/// as KVM does before it lets a halted vCPU sleep (halt_poll_ns). Each time that it was woken soon it looks for longer,
+/// up to what falling asleep and being woken cost; each time that it was left alone for longer, shorter.
+pub(crate) struct Patience {
+    limit: Duration,
+}
+
+impl Patience {
+    /// What it begins with when it grows.
+    const LEAST: Duration = Duration::from_micros(10);
+    /// What a sleep and a wake-up cost whoever has to be woken and whoever wakes, on a host that is a guest itself.
+    const MOST: Duration = Duration::from_micros(50);
+
+    pub(crate) fn new() -> Patience {
+        Patience {
+            limit: Duration::ZERO,
+        }
+    }
+
+    /// Looks at `ready` and lets others run in between, until the patience is at its end. `true` as soon as it is.
+    /// `since`: when it began to have nothing to do.
+    #[cfg(not(loom))]
+    pub(crate) fn look(&self, since: Instant, mut ready: impl FnMut() -> bool) -> bool {
+        while since.elapsed() < self.limit {
+            if ready() {
+                return true;
+            }
+            std::thread::yield_now();
+        }
+        ready()
+    }
+
+    /// A model looks as often as it looks anywhere: not again here.
+    #[cfg(loom)]
+    pub(crate) fn look(&self, _since: Instant, _ready: impl FnMut() -> bool) -> bool {
+        false
+    }
+
+    /// It has slept, and had nothing to do for so long.
+    pub(crate) fn slept(&mut self, idle: Duration) {
+        if idle <= Self::MOST {
+            self.limit = (self.limit * 2).clamp(Self::LEAST, Self::MOST);
+        } else {
+            self.limit /= 2;
+            if self.limit < Self::LEAST {
+                self.limit = Duration::ZERO;
+            }
+        }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patience_grows_when_sleep_was_in_vain_and_goes_when_it_was_not() {
+        let mut patience = Patience::new();
+        let us = Duration::from_micros;
+        let limits = [3, 3, 3, 3, 3, 51, 51, 51, 51].map(|idle| {
+            patience.slept(us(idle));
+            patience.limit
+        });
+        let expected = [10.0, 20.0, 40.0, 50.0, 50.0, 25.0, 12.5, 0.0, 0.0];
+        assert_eq!(
+            limits,
+            expected.map(|limit| Duration::from_secs_f64(limit * 1e-6))
+        );
+    }
+
+    #[test]
+    fn a_patient_look_sees_what_comes_and_ends_if_nothing_does() {
+        let mut patience = Patience::new();
+        assert!(!patience.look(Instant::now(), || false));
+        patience.slept(Duration::ZERO);
+        let (start, mut looks) = (Instant::now(), 0);
+        assert!(!patience.look(start, || {
+            looks += 1;
+            false
+        }));
+        assert!(start.elapsed() >= Patience::LEAST && looks > 0);
+        assert!(patience.look(Instant::now(), || true));
+    }
 }
