@@ -217,7 +217,7 @@ fn kicks_are_heard() {
     for row in &rows {
         assert_eq!(
             (&row["class"], &row["latencies"]),
-            (&"kick".into(), &100.into()),
+            (&"kick".into(), &200.into()),
             "{row}"
         );
     }

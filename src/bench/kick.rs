@@ -1,10 +1,11 @@
 //! The kick: how long it takes from the order to stop a vCPU until it has looked into its mailbox, against what the
 //! host takes for the least of it: a signal, and KVM_RUN's return.
 //!
-//! Both are measured on the same vCPU of KVM, on the same thread. Ours is the vCPU actor of a machine, with a mailbox of
-//! its own each time: a message is sent to it ([`VcpuHandle::send`]), it leaves the guest, finds the message, and tells
-//! that it ends. The bare one is a loop around KVM_RUN. A guest that spins counts, so that whoever kicks knows that it
-//! is inside; one that halts is given time.
+//! Both are measured in the same way: a thread stays in KVM_RUN, is taken out of it, notes the time, tells it, and goes
+//! back in. Ours is the vCPU actor of a machine: a request is sent to it ([`VcpuHandle::send`]), and the time is when it
+//! serves that request, with its registers asked for (which the backend here has not, so nothing but the clock is looked
+//! at). The bare one is a loop around KVM_RUN. A guest that spins counts, so that whoever kicks knows that it is inside;
+//! one that halts is given time.
 
 use super::Failure;
 use super::clock::ticks;
@@ -17,6 +18,7 @@ use crate::boot::EntryPoint;
 use crate::clock::Clock;
 use crate::guests::{LOAD_ADDRESS, image};
 use crate::vcpu::backend::{Backend, ResetError, RunError};
+use crate::vcpu::debug::{CpuState, DebugRequest};
 use crate::vcpu::exit::Exit;
 use crate::vcpu::kick::{self, Signal, ThreadSignal};
 use crate::vcpu::kvm::KvmBackend;
@@ -27,7 +29,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use slog::Logger;
 use std::hint::spin_loop;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -54,15 +56,41 @@ image! {
 /// How long a guest that halts is given to do so, and how long any may take for a sign of life.
 const SETTLE: Duration = Duration::from_micros(200);
 const LIMIT: Duration = Duration::from_secs(5);
+/// When a bare loop that does not answer is sent another signal.
+const AGAIN: Duration = Duration::from_millis(50);
 
-/// The same vCPU, lent to one vCPU actor after the other. It tells when it is about to enter the guest.
-struct Lent<'a>(&'a mut KvmBackend, &'a AtomicBool);
+/// What the vCPU's thread and whoever kicks it share.
+#[derive(Default)]
+struct Shared {
+    signal: ThreadSignal,
+    /// The guest is about to be entered.
+    entering: AtomicBool,
+    /// When the last kick was heard.
+    heard: AtomicU64,
+    /// For the bare loop: it ends.
+    over: AtomicBool,
+}
 
-impl Backend for Lent<'_> {
+impl Shared {
+    /// Before whoever waits for it is told.
+    fn hear(&self) {
+        // Relaxed: the channel on which it is told makes it visible.
+        self.heard.store(ticks(), Ordering::Relaxed);
+    }
+}
+
+/// A vCPU that tells when it is about to enter the guest, and when it is asked for its state.
+struct Watched<'a>(KvmBackend, &'a Shared);
+
+impl Backend for Watched<'_> {
     #[inline]
     fn run(&mut self) -> Result<(), RunError> {
-        self.1.store(true, Ordering::Release);
+        self.1.entering.store(true, Ordering::Release);
         self.0.run()
+    }
+    fn cpu_state(&mut self) -> Option<Box<CpuState>> {
+        self.1.hear();
+        None
     }
     #[inline]
     fn exit(&mut self) -> Exit {
@@ -91,13 +119,8 @@ impl Backend for Lent<'_> {
     }
 }
 
-/// What the vCPU's thread is to do next.
-enum Task {
-    /// Be a vCPU actor until it is told to stop.
-    Actor(VcpuInbox),
-    /// Be in KVM_RUN until a signal ends it.
-    Bare,
-}
+/// A kick was heard.
+type Heard = Option<Box<CpuState>>;
 
 /// Kicks a vCPU so many times, and tells how long each took.
 pub(super) fn sample(load: &Load, who: Contestant, kicks: usize) -> Result<Sample, Failure> {
@@ -105,93 +128,122 @@ pub(super) fn sample(load: &Load, who: Contestant, kicks: usize) -> Result<Sampl
     let code = if load.halted { halted() } else { spinning() };
     let entry = EntryPoint::Flat64 { rip: LOAD_ADDRESS };
     let mut machine = Machine::new(code, entry, 1)?;
-    let mut backend = machine.backends.remove(0);
-    let (tasks, todo): (Sender<Task>, Receiver<Task>) = bounded(1);
-    let (done, stamps) = bounded::<Result<u64, Failure>>(1);
-    let signal = Arc::new(ThreadSignal::new());
-    let entered = Arc::new(AtomicBool::new(false));
-    let (own, entering) = (signal.clone(), entered.clone());
+    let backend = machine.backends.remove(0);
+    let shared = Arc::new(Shared::default());
+    let (tell, heard): (Sender<Heard>, Receiver<Heard>) = bounded(1);
+    let (order, inbox) = if who == Contestant::Bare {
+        (Order::Bare(&shared), None)
+    } else {
+        let (handle, inbox) = vcpu_mailbox();
+        handle.send(VcpuMessage::Lifecycle(Lifecycle::Start));
+        (Order::Actor(handle, tell.clone()), Some(inbox))
+    };
+    let own = shared.clone();
     let thread = crate::thread::spawn("vcpu0", move || {
-        own.bind_thread();
+        own.signal.bind_thread();
         let waited = waited_ns();
-        for task in todo {
-            let outcome = match task {
-                Task::Actor(inbox) => be_actor(Lent(&mut backend, &entering), inbox),
-                Task::Bare => be_bare(Lent(&mut backend, &entering)),
-            };
-            if done.send(outcome).is_err() {
-                break;
-            }
-        }
-        waited_ns() - waited
+        let backend = Watched(backend, &own);
+        let outcome = match inbox {
+            Some(inbox) => be_actor(backend, inbox),
+            None => be_bare(backend, tell),
+        };
+        outcome.map(|()| waited_ns() - waited)
     })?;
     let begin = Instant::now();
     let kicker = Kicker {
         load,
-        who,
         memory: &machine.memory,
-        tasks,
-        stamps,
-        entered: &entered,
-        signal: &signal,
+        order: &order,
+        heard,
+        shared: &shared,
     };
     let outcome = kicker.kick(kicks);
-    if outcome.is_err() {
-        // It may be inside still: one signal takes it out, wherever it is, if it is repeated.
-        while !thread.is_finished() {
-            signal.send();
-            std::thread::sleep(Duration::from_millis(1));
+    match &order {
+        Order::Actor(handle, _) => drop(handle.send(VcpuMessage::Stop)),
+        Order::Bare(shared) => {
+            shared.over.store(true, Ordering::Relaxed);
+            // A signal that comes before KVM_RUN is lost on a bare loop: again until it has gone.
+            while !thread.is_finished() {
+                shared.signal.send();
+                std::thread::sleep(Duration::from_millis(1));
+            }
         }
     }
-    let waited = thread.join().expect("nothing there panics");
+    // Why it has ended early says more than that nobody heard.
+    let waited = thread.join().expect("nothing there panics")?;
     let mut sample = outcome?;
     sample.waited = waited as f64 / begin.elapsed().as_nanos().max(1) as f64;
     Ok(sample)
 }
 
+/// How a vCPU is told to listen.
+enum Order<'a> {
+    Actor(VcpuHandle, Sender<Heard>),
+    Bare(&'a Shared),
+}
+
 /// Whoever kicks.
 struct Kicker<'a> {
     load: &'a Load,
-    who: Contestant,
     memory: &'a GuestMemoryMmap,
-    tasks: Sender<Task>,
-    stamps: Receiver<Result<u64, Failure>>,
-    entered: &'a AtomicBool,
-    signal: &'a ThreadSignal,
+    order: &'a Order<'a>,
+    heard: Receiver<Heard>,
+    shared: &'a Shared,
 }
 
 impl Kicker<'_> {
     fn kick(self, kicks: usize) -> Result<Sample, Failure> {
         let mut sample = Sample::empty();
         let mut sum = 0;
-        for _ in 0..kicks {
-            let (task, handle): (Task, Option<VcpuHandle>) = if self.who == Contestant::Bare {
-                (Task::Bare, None)
-            } else {
-                let (handle, inbox) = vcpu_mailbox();
-                (Task::Actor(inbox), Some(handle))
+        let mut heard = 0;
+        while heard < kicks {
+            wait_until_inside(self.memory, &self.shared.entering, self.load.halted)?;
+            let start = match self.order {
+                Order::Actor(handle, tell) => {
+                    let request = VcpuMessage::Debug(DebugRequest::Read(tell.clone()));
+                    let start = ticks();
+                    handle.send(request);
+                    start
+                }
+                Order::Bare(shared) => {
+                    let start = ticks();
+                    shared.signal.send();
+                    start
+                }
             };
-            self.tasks.send(task).expect("the vCPU's thread waits for tasks");
-            if let Some(handle) = &handle {
-                handle.send(VcpuMessage::Lifecycle(Lifecycle::Start));
+            if !self.is_heard()? {
+                continue;
             }
-            wait_until_inside(self.memory, self.entered, self.load.halted)?;
-            let start = ticks();
-            match &handle {
-                Some(handle) => drop(handle.send(VcpuMessage::Stop)),
-                None => self.signal.send(),
-            }
-            let end = self
-                .stamps
-                .recv_timeout(LIMIT)
-                .map_err(|_| Failure::Guest("a kick was not heard".into()))??;
-            let took = end.saturating_sub(start).max(1);
+            heard += 1;
+            let took = self
+                .shared
+                .heard
+                .load(Ordering::Relaxed)
+                .saturating_sub(start)
+                .max(1);
             sample.latency.saturating_record(took);
             sum += took;
         }
         // In kicks a tick.
         sample.ops_per_s = kicks as f64 / sum.max(1) as f64;
         Ok(sample)
+    }
+
+    /// Waits until the kick was heard. `false`: it had to be repeated, and does not count. That happens to a bare loop,
+    /// if it has not been in KVM_RUN yet when the signal came; nothing of the kind can happen to an actor.
+    fn is_heard(&self) -> Result<bool, Failure> {
+        let (start, mut first) = (Instant::now(), true);
+        loop {
+            if self.heard.recv_timeout(AGAIN).is_ok() {
+                return Ok(first);
+            }
+            match self.order {
+                Order::Bare(shared) if start.elapsed() < LIMIT => shared.signal.send(),
+                Order::Actor(..) if start.elapsed() < LIMIT => continue,
+                _ => return Err(Failure::Guest("a kick was not heard".into())),
+            }
+            first = false;
+        }
     }
 }
 
@@ -223,32 +275,34 @@ fn wait_until_inside(memory: &GuestMemoryMmap, entered: &AtomicBool, halted: boo
     until(&|| count(memory) != before)
 }
 
-/// The life of a vCPU actor, and when it told that it had ended.
-fn be_actor(backend: Lent, inbox: VcpuInbox) -> Result<u64, Failure> {
+/// The life of a vCPU actor.
+fn be_actor(backend: Watched, inbox: VcpuInbox) -> Result<(), Failure> {
     let (tell, told) = bounded(8);
-    let news = Box::new(move |news: VcpuNews| {
-        let now = ticks();
-        drop(tell.try_send((now, news.what)));
-    });
+    let news = Box::new(move |news: VcpuNews| drop(tell.try_send(news.what)));
     let bus: RoutingTable = RoutingTable::new(Clock::new(), Logger::root(slog::Discard, slog::o!()));
     Vcpu::new(0, backend, bus, inbox, news).run();
-    for (now, what) in told {
-        match what {
-            VcpuEvent::Stopped(_) => return Ok(now),
-            VcpuEvent::Halted(end) => return Err(Failure::Guest(format!("{end:?}"))),
-            VcpuEvent::Ready | VcpuEvent::Paused | VcpuEvent::Reset(_) | VcpuEvent::Debug(_) => {}
-        }
+    match told.into_iter().find_map(|event| match event {
+        VcpuEvent::Halted(end) => Some(format!("{end:?}")),
+        _ => None,
+    }) {
+        Some(why) => Err(Failure::Guest(why)),
+        None => Ok(()),
     }
-    Err(Failure::Guest("its vCPU ended without a word".into()))
 }
 
-/// One stay in KVM_RUN, and when it was over.
-fn be_bare(mut backend: Lent) -> Result<u64, Failure> {
+/// Stays in KVM_RUN, and tells when one was over.
+fn be_bare(mut backend: Watched, tell: Sender<Heard>) -> Result<(), Failure> {
     loop {
         match backend.run() {
-            Err(RunError::Interrupted) => return Ok(ticks()),
+            Err(RunError::Interrupted) => {
+                backend.1.hear();
+                let _ = tell.try_send(None);
+            }
             Ok(()) | Err(RunError::Again) => {}
             Err(RunError::Failed(errno)) => return Err(Failure::Guest(errno.to_string())),
+        }
+        if backend.1.over.load(Ordering::Relaxed) {
+            return Ok(());
         }
     }
 }

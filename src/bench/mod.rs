@@ -237,7 +237,7 @@ fn lengths(load: &Load, quick: bool) -> Lengths {
         throughput: Duration::from_millis(throughput),
         latency: Duration::from_millis(latency),
         counts: Counts { in_a_row, timed },
-        kicks: if quick { 100 } else { 300 },
+        kicks: if quick { 200 } else { 1_000 },
     }
 }
 
