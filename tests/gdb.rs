@@ -5,7 +5,7 @@
 
 use actor_vmm::guests::LOAD_ADDRESS;
 use actor_vmm::guests::cases::PASSED;
-use actor_vmm::guests::debug::{COUNTER, FUNCTION, STOP};
+use actor_vmm::guests::debug::{COUNTER, FUNCTION, LOOP, STOP};
 use actor_vmm::machine::outcome::{Outcome, status};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -411,6 +411,64 @@ fn vcpus_are_threads_and_steps_are_of_one() {
 }
 
 #[test]
+fn ctrl_c_shows_registers_memory_and_a_backtrace_of_each_vcpu() {
+    let Some(mut machine) = Machine::start("--guest debug --cpus 3") else {
+        return;
+    };
+    let mut gdb = machine.gdb();
+    let function = function(&mut gdb);
+    let start = gdb.word(LOOP);
+    let counted = gdb.word(COUNTER);
+    gdb.interrupt(&mut machine);
+    gdb.output.until("SIGINT");
+    assert!(gdb.word(COUNTER) > counted, "it ran meanwhile");
+    let backtraces = gdb.ask("thread apply all backtrace 3");
+    // One that works: it is in the function or in the loop that calls it, wherever Ctrl-C found it.
+    gdb.ask("thread 1");
+    let rip = gdb.number("$rip");
+    // The function is 14 bytes long, and behind the loop and its way out.
+    assert!((start..function + 14).contains(&rip), "{rip:#x}: {backtraces}");
+    let rips: Vec<u64> = (1..=3)
+        .map(|thread| {
+            gdb.ask(&format!("thread {thread}"));
+            assert_eq!(gdb.number("$cr3"), 0x9000, "the same tables for all");
+            gdb.number("$rip")
+        })
+        .collect();
+    // The others halt, and a vCPU in HLT is behind it.
+    for &halted in &rips[1..] {
+        assert_eq!(gdb.number(&format!("*(unsigned char*){:#x}", halted - 1)), 0xf4);
+    }
+    for (vcpu, rip) in rips.iter().enumerate() {
+        let own = format!("Thread 1.{} (vcpu{vcpu}: ", vcpu + 1);
+        let own = &backtraces[backtraces.find(&own).expect(&backtraces)..];
+        let first = own.find("#0  ").expect(&backtraces);
+        assert!(
+            own[first..].starts_with(&format!("#0  {rip:#018x} in")),
+            "vcpu{vcpu} is at {rip:#x}: {backtraces}"
+        );
+    }
+    // At the function's first instruction its caller is known: the return address is on top of the stack.
+    gdb.ask("thread 1");
+    gdb.ask(&format!("break *{function:#x}"));
+    gdb.ask("continue");
+    let stack = gdb.number("$rsp");
+    let called_from = gdb.word(stack);
+    assert_eq!(
+        called_from,
+        start + 5,
+        "behind the `call` that the loop begins with"
+    );
+    let backtrace = gdb.ask("backtrace 2");
+    assert!(
+        backtrace.contains(&format!("#1  {called_from:#018x} in")),
+        "{backtrace}"
+    );
+    gdb.ask("delete");
+    end(gdb, machine);
+}
+
+#[test]
 fn a_gdb_that_vanishes_leaves_the_guest_running_and_whole() {
     let Some(mut machine) = Machine::start("--guest debug") else {
         return;
@@ -457,7 +515,8 @@ fn kill_ends_the_machine() {
     };
     let mut gdb = machine.gdb();
     gdb.ask("kill");
-    machine.ends_with(status::STOPPED);
+    let log = machine.ends_with(status::STOPPED);
+    assert!(log.contains("stopped by whoever controls the machine"), "{log}");
 }
 
 #[test]

@@ -268,6 +268,7 @@ fn data_segments(sregs: &mut kvm_sregs) -> [&mut kvm_segment; 5] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gdb::walk::Paging;
     use vm_memory::GuestMemoryMmap;
 
     fn memory_for(entry: &EntryPoint) -> GuestMemoryMmap {
@@ -276,22 +277,10 @@ mod tests {
         memory
     }
 
-    /// As the processor walks: the physical address of a linear one, below the PML4 that CR3 names.
-    fn walk(memory: &GuestMemoryMmap, cr3: u64, address: u64) -> Option<u64> {
-        let mut table = cr3;
-        for shift in [39, 30, 21] {
-            let entry: u64 = memory
-                .read_obj(GuestAddress(table + 8 * (address >> shift & 0x1ff)))
-                .unwrap();
-            if entry & 1 == 0 {
-                return None;
-            }
-            if entry & ENTRY_HUGE != 0 {
-                return Some((entry & !0x1f_ffff) + (address & 0x1f_ffff));
-            }
-            table = entry & !0xfff;
-        }
-        None
+    /// As the processor walks, by the control registers that it starts with.
+    fn walk(memory: &GuestMemoryMmap, sregs: &kvm_sregs, address: u64) -> Option<u64> {
+        let paging = Paging::of(sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer);
+        Some(paging.translate(memory, address)?.physical)
     }
 
     #[test]
@@ -320,9 +309,9 @@ mod tests {
             "what the entry does not prescribe stays"
         );
         for address in [0, 0x1234, 0x20_0000, 0x3fff_ffff, 0xc000_0000, 0xffff_ffff] {
-            assert_eq!(walk(&memory, sregs.cr3, address), Some(address), "{address:#x}");
+            assert_eq!(walk(&memory, &sregs, address), Some(address), "{address:#x}");
         }
-        assert_eq!(walk(&memory, sregs.cr3, 1 << 32), None);
+        assert_eq!(walk(&memory, &sregs, 1 << 32), None);
         // A kernel that reloads its segments gets the same.
         let code: u64 = memory.read_obj(GuestAddress(layout::GDT + 0x10)).unwrap();
         let data: u64 = memory.read_obj(GuestAddress(layout::GDT + 0x18)).unwrap();

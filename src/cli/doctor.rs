@@ -2,6 +2,7 @@
 //!
 //! It does not believe flags alone: it runs small guests, and looks what becomes of them.
 
+use crate::gdb::breakpoints::Mechanisms;
 use crate::gdb::probe;
 use crate::guests::probes::{INSTRUCTIONS, NOTHING, Probe};
 use crate::host::console::ConsoleKind;
@@ -168,20 +169,38 @@ pub fn run() -> u8 {
     }
     match probe::abilities() {
         Ok(abilities) => {
-            for (mode, m) in [
+            // A line for each kind, not for each mode of the guest: the same instructions are probed above for other reasons.
+            type Kind = fn(&Mechanisms) -> bool;
+            let kinds: [(&str, Kind, &str); 5] = [
+                ("gdb: int3", |m| m.int3, "software breakpoints"),
+                ("gdb: port trap", |m| m.port, "the same where int3 does not work"),
+                (
+                    "gdb: debug register, code",
+                    |m| m.hardware,
+                    "hardware breakpoints",
+                ),
+                ("gdb: debug register, data", |m| m.watch, "watchpoints"),
+                ("gdb: single step", |m| m.step, "stepi"),
+            ];
+            let modes = [
                 ("kernel", abilities.kernel),
                 ("user", abilities.user),
                 ("real", abilities.real),
-            ] {
-                for (name, works, what) in [
-                    ("int3", m.int3, "a software breakpoint"),
-                    ("port trap", m.port, "the same where int3 does not work"),
-                    ("debug register, code", m.hardware, "a hardware breakpoint"),
-                    ("debug register, data", m.watch, "a watchpoint"),
-                    ("single step", m.step, "stepi"),
-                ] {
-                    let word = if works { "yes" } else { "no" };
-                    println!("{name:<27} {word:<4} for gdb in {mode} mode: {what}");
+            ];
+            for (name, works, what) in kinds {
+                let (there, lacking): (Vec<_>, Vec<_>) = modes.iter().partition(|(_, m)| works(m));
+                let names = |modes: Vec<&(&'static str, Mechanisms)>| {
+                    let names: Vec<_> = modes.iter().map(|(name, _)| *name).collect();
+                    names.join(", ")
+                };
+                match (there.is_empty(), lacking.is_empty()) {
+                    (_, true) => println!("{name:<27} yes  {what}"),
+                    (true, _) => println!("{name:<27} no   {what}"),
+                    _ => println!(
+                        "{name:<27} yes  {what} in {} mode; not in {} mode",
+                        names(there),
+                        names(lacking)
+                    ),
                 }
             }
         }

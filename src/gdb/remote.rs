@@ -167,7 +167,7 @@ impl Remote {
 
 impl Physical for Remote {
     fn read(&self, address: u64, data: &mut [u8]) -> bool {
-        self.memory.read_slice(data, GuestAddress(address)).is_ok()
+        Physical::read(&self.memory, address, data)
     }
 }
 

@@ -7,11 +7,18 @@
 //! most five entries, and an entry that cannot be read ends it.
 
 use crate::vcpu::debug::CpuState;
+use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
 
 /// Reads guest physical memory.
 pub trait Physical {
     /// Fills `data` from `address`. `false` when that is not all RAM.
     fn read(&self, address: u64, data: &mut [u8]) -> bool;
+}
+
+impl Physical for GuestMemoryMmap {
+    fn read(&self, address: u64, data: &mut [u8]) -> bool {
+        self.read_slice(data, GuestAddress(address)).is_ok()
+    }
 }
 
 /// How a processor translates, by its control registers. [SDM 3A §5.1.1, figure 5-1]

@@ -21,7 +21,7 @@ pub enum Outcome {
     InternalError(Box<Diagnosis>),
     /// The machine was to be reset in place and could not be. Why.
     ResetFailed(String),
-    /// Somebody stopped it through its control socket.
+    /// Whoever controls the machine stopped it, such as a gdb by `kill`.
     Stopped,
     /// The event loop panicked: nobody would hear signals or the console any more.
     EventLoopDied,
@@ -49,7 +49,7 @@ pub mod status {
     pub const TIMED_OUT: u8 = 16;
     /// The host could not provide what the machine needs.
     pub const HOST_TROUBLE: u8 = 18;
-    /// Somebody stopped it through its control socket.
+    /// Whoever controls the machine stopped it, such as a gdb by `kill`.
     pub const STOPPED: u8 = 20;
     /// Signals: 128 and the signal's number. Ctrl-A x counts as an interrupt.
     pub const SIGNAL: u8 = 128;
@@ -63,7 +63,7 @@ Exit status:
   14       internal error: neither the guest nor actor-vmm could go on
   16       --timeout was over
   18       the host could not provide what the machine needs
-  20       stopped through the control socket
+  20       stopped by whoever controls the machine (gdb's kill, for one)
   1 to 127, odd
            the guest wrote v to the debug-exit port (0xf4): 2 * v + 1, with v at most 63
   128 + n  ended by signal n: 129 HUP, 130 INT (also Ctrl-A x), 131 QUIT, 143 TERM";
@@ -99,7 +99,7 @@ impl fmt::Display for Outcome {
             Outcome::TripleFault => f.write_str("the guest ended in a triple fault"),
             Outcome::InternalError(_) => f.write_str("internal error"),
             Outcome::ResetFailed(why) => write!(f, "internal error: the machine cannot be reset: {why}"),
-            Outcome::Stopped => f.write_str("stopped through the control socket"),
+            Outcome::Stopped => f.write_str("stopped by whoever controls the machine"),
             Outcome::EventLoopDied => f.write_str(
                 "internal error: the event loop died; this is a bug in actor-vmm, please report it",
             ),
