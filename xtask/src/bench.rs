@@ -9,7 +9,7 @@ use anyhow::{Result, bail, ensure};
 use clap::ValueEnum;
 use harness::protocol::{Event, Sample};
 
-use crate::emulated_host::{self, Host, Image, Outcome};
+use crate::emulated_host::{self, Host, Image, Inside, Outcome};
 
 const MEMORY_MIB: u64 = 256;
 /// The emulated host and one guest.
@@ -180,10 +180,11 @@ impl Contender {
 pub fn run(args: &Args) -> Result<bool> {
     let vmms: &[Contender] = if args.vmm.is_empty() { &DEFAULT } else { &args.vmm };
     ensure!(args.runs > 0, "--runs has to be at least 1");
-    let image = Image::build(
-        vmms.iter().any(|v| !v.is_ours()),
-        vmms.iter().any(|v| v.is_ours()),
-    )?;
+    let image = Image::build(&Inside {
+        qemu: vmms.iter().any(|v| !v.is_ours()),
+        actor_vmm: vmms.iter().any(|v| v.is_ours()),
+        gdb: false,
+    })?;
     println!(
         "same bzImage, same initrd, 1 vCPU, {MEMORY_MIB} MiB, in turns, each boot in a fresh emulated host:"
     );

@@ -11,7 +11,7 @@ use harness::cpio::Archive;
 use harness::protocol::Event;
 use harness::scenario;
 
-use crate::emulated_host::{Host, Image, Outcome, Vmm};
+use crate::emulated_host::{Host, Image, Inside, Outcome, Vmm};
 use crate::{build, emulated_host, initramfs, kernel, paths, process, setup};
 
 /// Not among the tests: it belongs to this command.
@@ -160,7 +160,11 @@ fn locally(scenario: &scenario::Scenario, shell: bool) -> Result<String> {
 }
 
 fn emulated(scenario: &scenario::Scenario, text: &str, args: &Args) -> Result<String> {
-    let image = Image::build(args.vmm == Vmm::Qemu, args.vmm == Vmm::ActorVmm)?;
+    let image = Image::build(&Inside {
+        qemu: args.vmm == Vmm::Qemu,
+        actor_vmm: args.vmm == Vmm::ActorVmm,
+        gdb: false,
+    })?;
     let interactive = if args.shell { "interactive\n" } else { "" };
     let host = Host {
         plan: format!(

@@ -15,7 +15,7 @@ use harness::cpio::Archive;
 use harness::protocol::Event;
 use harness::scenario::{self, Scenario};
 
-use crate::{build, initramfs, kernel, paths, process, setup};
+use crate::{build, debugger, initramfs, kernel, paths, process, setup};
 
 const QEMU: &str = "qemu-system-x86_64";
 /// A processor with SVM and nested paging. QEMU does not tell KVM when a guest sets XCR0, so KVM runs the guest with
@@ -147,7 +147,11 @@ pub fn scenarios(chosen: &[&Scenario], options: &Options) -> Result<Tally> {
             waiting.push_back(scenario);
         }
     }
-    let image = Image::build(options.vmm == Vmm::Qemu, options.vmm == Vmm::ActorVmm)?;
+    let image = Image::build(&Inside {
+        qemu: options.vmm == Vmm::Qemu,
+        actor_vmm: options.vmm == Vmm::ActorVmm,
+        gdb: waiting.iter().any(|scenario| scenario.gdb),
+    })?;
     let deadline = Instant::now() + options.limit;
     let mut hung_before: Vec<String> = Vec::new();
     while !waiting.is_empty() {
@@ -277,14 +281,22 @@ pub enum Outcome {
     },
 }
 
+/// Which programs.
+#[derive(Clone, Copy, Default)]
+pub struct Inside {
+    pub actor_vmm: bool,
+    pub qemu: bool,
+    pub gdb: bool,
+}
+
 impl Image {
-    pub fn build(with_qemu: bool, with_actor_vmm: bool) -> Result<Self> {
+    pub fn build(inside: &Inside) -> Result<Self> {
         setup::run(&setup::Args::default())?;
         let kernel = kernel::ensure(false)?;
         let mut archive = Archive::new();
         let agent = build::static_binary("xtask", "emulated-host-agent")?;
         archive.file("init", 0o755, &fs::read(agent)?);
-        if with_actor_vmm {
+        if inside.actor_vmm {
             let vmm = build::static_binary("actor-vmm", "actor-vmm")?;
             archive.file("bin/actor-vmm", 0o755, &fs::read(vmm)?);
         }
@@ -298,7 +310,10 @@ impl Image {
                 );
             }
         }
-        let mut base = initramfs::host(&kernel, with_qemu)?;
+        if inside.gdb {
+            initramfs::with_libraries(&mut archive, &debugger::ensure()?, "usr/bin/gdb")?;
+        }
+        let mut base = initramfs::host(&kernel, inside.qemu)?;
         base.extend_from_slice(&archive.finish());
         Ok(Self { kernel, base })
     }

@@ -96,16 +96,22 @@ fn busybox(archive: &mut Archive) -> Result<()> {
 /// QEMU with its libraries and its firmware, at the paths where Debian has them.
 fn qemu(archive: &mut Archive) -> Result<()> {
     let program = Path::new("/usr/bin/qemu-system-x86_64");
-    archive.file(&inside(program), 0o755, &read(program)?);
-    for library in libraries(program)? {
-        archive.file(&inside(&library), 0o755, &read(&library)?);
-    }
+    with_libraries(archive, program, &inside(program))?;
     for name in QEMU_DATA {
         let path = Path::new("/usr/share").join(name);
         // A release of Debian has each of these at one of two places.
         if path.exists() {
             archive.file(&inside(&path), 0o644, &read(&path)?);
         }
+    }
+    Ok(())
+}
+
+/// A program at `place`, and its libraries where Debian has them.
+pub fn with_libraries(archive: &mut Archive, program: &Path, place: &str) -> Result<()> {
+    archive.file(place, 0o755, &read(program)?);
+    for library in libraries(program)? {
+        archive.file(&inside(&library), 0o755, &read(&library)?);
     }
     Ok(())
 }

@@ -8,10 +8,13 @@ use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::package::{Unpacked, only_file};
 use crate::{paths, process, setup};
 
 /// Always depends on the current kernel package.
 const META_PACKAGE: &str = "linux-image-cloud-amd64";
+/// In the cache.
+const PLACE: &str = "kernel";
 
 #[derive(Clone, Debug)]
 pub struct Kernel {
@@ -30,39 +33,28 @@ pub fn ensure(refresh: bool) -> Result<Kernel> {
     if !setup::known(META_PACKAGE) || refresh {
         setup::update_lists()?;
     }
-    let (package, version) = current_package()?;
-    let release = package
-        .strip_prefix("linux-image-")
-        .unwrap_or(&package)
-        .to_owned();
-    let dir = paths::cache().join("kernel");
-    let incomplete = paths::cache().join("kernel.incomplete");
-    remove(&incomplete)?;
-    fs::create_dir_all(&incomplete).with_context(|| format!("cannot make {}", incomplete.display()))?;
-
-    eprintln!("setup: fetching {package} {version} (it is not installed)");
-    if let Err(first) = download(&package, &version, &incomplete) {
-        // The archive drops old versions; lists that still name one have to be renewed.
-        setup::update_lists()?;
+    let unpacked = Unpacked::fetch(PLACE, || {
         let (package, version) = current_package()?;
-        download(&package, &version, &incomplete).context(first)?;
-    }
-    let deb = only_file(&incomplete, "deb")?;
-    process::output(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&incomplete))?;
-    fs::remove_file(&deb)?;
-    let bzimage = only_file(&incomplete.join("boot"), "")?;
+        Ok(format!("{package}={version}"))
+    })?;
+    let dir = &unpacked.dir;
+    let bzimage = only_file(&dir.join("boot"), |path| {
+        path.file_name()
+            .is_some_and(|n| n.to_string_lossy().starts_with("vmlinuz-"))
+    })?;
+    let name = bzimage.file_name().unwrap_or_default().to_string_lossy();
+    let release = name.trim_start_matches("vmlinuz-").to_owned();
     let image = fs::read(&bzimage)?;
-    fs::write(incomplete.join("vmlinux"), vmlinux(&image)?)?;
-    fs::rename(&bzimage, incomplete.join("bzImage"))?;
-    fs::write(incomplete.join("release"), &release)?;
-    // Complete or not there: an interrupted setup is simply done again.
-    remove(&dir)?;
-    fs::rename(&incomplete, &dir)?;
-    cached().with_context(|| format!("{package} does not contain what a kernel package should"))
+    fs::write(dir.join("vmlinux"), vmlinux(&image)?)?;
+    fs::rename(&bzimage, dir.join("bzImage"))?;
+    fs::write(dir.join("release"), &release)?;
+    unpacked.keep()?;
+    cached()
+        .with_context(|| format!("the package of {release} does not contain what a kernel package should"))
 }
 
 fn cached() -> Option<Kernel> {
-    let dir = paths::cache().join("kernel");
+    let dir = paths::cache().join(PLACE);
     let release = fs::read_to_string(dir.join("release")).ok()?.trim().to_owned();
     let lib = if dir.join("usr/lib/modules").exists() {
         "usr/lib/modules"
@@ -96,39 +88,6 @@ fn parse_depends(show: &str) -> Option<(String, String)> {
     let (name, rest) = wanted.split_once(' ')?;
     let version = rest.trim_start_matches("(=").trim_end_matches(')').trim();
     Some((name.to_owned(), version.to_owned()))
-}
-
-fn download(package: &str, version: &str, dir: &Path) -> Result<()> {
-    let mut command = Command::new("apt-get");
-    // apt as root would drop its rights and then complain that it may not write here.
-    command.args(["-o", "APT::Sandbox::User=root", "--quiet=2", "download"]);
-    process::output(command.arg(format!("{package}={version}")).current_dir(dir))?;
-    Ok(())
-}
-
-fn only_file(dir: &Path, extension: &str) -> Result<PathBuf> {
-    let wanted = |path: &Path| match extension {
-        "" => path
-            .file_name()
-            .is_some_and(|n| n.to_string_lossy().starts_with("vmlinuz-")),
-        _ => path.extension().is_some_and(|e| e == extension),
-    };
-    let mut found = fs::read_dir(dir)
-        .with_context(|| format!("the kernel package has no {}", dir.display()))?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| wanted(path));
-    found
-        .next()
-        .with_context(|| format!("nothing useful in {}", dir.display()))
-}
-
-fn remove(dir: &Path) -> Result<()> {
-    match fs::remove_dir_all(dir) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("cannot remove {}", dir.display()))
-        }
-        _ => Ok(()),
-    }
 }
 
 /// The ELF file inside a bzImage.

@@ -3,9 +3,11 @@
 mod bench;
 mod boot;
 mod build;
+mod debugger;
 mod emulated_host;
 mod initramfs;
 mod kernel;
+mod package;
 mod paths;
 mod process;
 mod setup;

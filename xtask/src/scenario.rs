@@ -36,6 +36,9 @@ pub struct Scenario {
     /// Kernel modules of the stock kernel that the guest loads before its script.
     #[serde(default)]
     pub modules: Vec<String>,
+    /// The emulated host has gdb in it.
+    #[serde(default)]
+    pub gdb: bool,
     /// Runs in the guest by busybox sh.
     #[serde(default)]
     pub guest: String,
@@ -82,11 +85,13 @@ pub enum Stdin {
     Null,
 }
 
-/// What is done to the running VMM: first the wait, then each of the others that is given, in this order.
+/// What is done to the running VMM: first the waits, then each of the others that is given, in this order.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Step {
     pub wait: Option<String>,
+    /// On the VMM's stderr.
+    pub wait_log: Option<String>,
     pub sleep_ms: Option<u64>,
     pub run: Option<String>,
     pub send: Option<String>,

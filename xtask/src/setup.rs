@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::{kernel, process};
+use crate::{debugger, kernel, process};
 
 #[derive(clap::Args, Default)]
 pub struct Args {
@@ -37,6 +37,7 @@ pub fn run(args: &Args) -> Result<()> {
         install(&missing)?;
     }
     let kernel = kernel::ensure(args.refresh)?;
+    debugger::ensure()?;
     eprintln!("setup: ready, with Debian's kernel {}", kernel.release);
     Ok(())
 }

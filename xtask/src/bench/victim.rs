@@ -12,7 +12,7 @@ use harness::protocol::Event;
 use harness::scenario::{self, Scenario};
 
 use super::spread;
-use crate::emulated_host::{self, HOST_MIB, Host, Image, Outcome};
+use crate::emulated_host::{self, HOST_MIB, Host, Image, Inside, Outcome};
 use crate::paths;
 
 const SCENARIOS: &str = "victim";
@@ -38,7 +38,10 @@ pub fn run(args: &Args) -> Result<bool> {
     let all = scenario::load(&paths::scenarios())?;
     let mut chosen = emulated_host::select(&all, &[SCENARIOS.to_owned()], None)?;
     let names: Vec<String> = chosen.iter().map(|s| s.name.clone()).collect();
-    let image = Image::build(false, true)?;
+    let image = Image::build(&Inside {
+        actor_vmm: true,
+        ..Inside::default()
+    })?;
     let mut seen: BTreeMap<String, Vec<Figures>> = BTreeMap::new();
     let mut failures = 0;
     for _ in 0..args.runs {

@@ -188,7 +188,7 @@ fn drive(
     evidence: &mut Evidence,
 ) -> Result<Instant> {
     let deadline = vmm.started + Duration::from_secs(scenario.limit);
-    let mut seen = 0;
+    let mut seen = Seen::default();
     for step in &scenario.steps {
         do_step(step, scenario, vmm, deadline, &mut seen, live, evidence)?;
     }
@@ -220,36 +220,25 @@ fn do_step(
     scenario: &Scenario,
     vmm: &mut Vmm,
     deadline: Instant,
-    seen: &mut usize,
+    seen: &mut Seen,
     live: &mut dyn FnMut(&[u8]),
     evidence: &mut Evidence,
 ) -> Result<()> {
-    if let Some(pattern) = &step.wait {
-        let pattern = scenario.substitute(pattern);
-        loop {
-            if let Some(at) = find(&vmm.out[*seen..], pattern.as_bytes()) {
-                *seen += at + pattern.len();
-                break;
-            }
-            // A long listing is searched once, not again with every piece of it that arrives.
-            *seen = (*seen).max(vmm.out.len().saturating_sub(pattern.len()));
-            if vmm.exited.is_some() && vmm.drained() {
-                let status = vmm.status()?;
-                bail!(
-                    "the VMM ended with status {status} before the console said \"{}\"",
-                    pattern.escape_debug()
-                );
-            }
-            if !vmm.step(deadline, live) {
-                if vmm.exited.is_some() {
-                    continue;
-                }
-                bail!(
-                    "the console did not say \"{}\" within {} s",
-                    pattern.escape_debug(),
-                    scenario.limit
-                );
-            }
+    let waits = [
+        (&step.wait, Stream::Console, &mut seen.console),
+        (&step.wait_log, Stream::Log, &mut seen.log),
+    ];
+    for (pattern, stream, seen) in waits {
+        if let Some(pattern) = pattern {
+            wait(
+                &scenario.substitute(pattern),
+                stream,
+                scenario,
+                vmm,
+                deadline,
+                seen,
+                live,
+            )?;
         }
     }
     if let Some(millis) = step.sleep_ms {
@@ -257,6 +246,7 @@ fn do_step(
         while vmm.step(until, live) {}
     }
     if let Some(text) = &step.run {
+        fs::write(CONSOLE, &vmm.out)?;
         script("step", text, scenario, Some(vmm), evidence)?;
     }
     if let Some(text) = &step.send {
@@ -284,6 +274,67 @@ fn do_step(
     Ok(())
 }
 
+/// What a step can wait for a text on.
+#[derive(Clone, Copy)]
+enum Stream {
+    Console,
+    Log,
+}
+
+impl Stream {
+    fn of(self, vmm: &Vmm) -> &[u8] {
+        match self {
+            Stream::Console => &vmm.out,
+            Stream::Log => &vmm.err,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Stream::Console => "console",
+            Stream::Log => "VMM's stderr",
+        }
+    }
+}
+
+/// How far the steps have looked.
+#[derive(Default)]
+struct Seen {
+    console: usize,
+    log: usize,
+}
+
+fn wait(
+    pattern: &str,
+    stream: Stream,
+    scenario: &Scenario,
+    vmm: &mut Vmm,
+    deadline: Instant,
+    seen: &mut usize,
+    live: &mut dyn FnMut(&[u8]),
+) -> Result<()> {
+    loop {
+        let text = stream.of(vmm);
+        if let Some(at) = find(&text[*seen..], pattern.as_bytes()) {
+            *seen += at + pattern.len();
+            return Ok(());
+        }
+        // A long listing is searched once, not again with every piece of it that arrives.
+        *seen = (*seen).max(text.len().saturating_sub(pattern.len()));
+        let (name, pattern) = (stream.name(), pattern.escape_debug());
+        if vmm.exited.is_some() && vmm.drained() {
+            let status = vmm.status()?;
+            bail!("the VMM ended with status {status} before the {name} said \"{pattern}\"");
+        }
+        if !vmm.step(deadline, live) {
+            if vmm.exited.is_some() {
+                continue;
+            }
+            bail!("the {name} did not say \"{pattern}\" within {} s", scenario.limit);
+        }
+    }
+}
+
 fn find(text: &[u8], pattern: &[u8]) -> Option<usize> {
     if pattern.is_empty() {
         return Some(0);
@@ -302,16 +353,7 @@ fn script(
     let log = format!("/run/script.{what}");
     let out = fs::File::create(&log)?;
     let mut command = Command::new("/bin/busybox");
-    command
-        .args([
-            "timeout",
-            &SCRIPT_LIMIT.as_secs().to_string(),
-            "sh",
-            "-e",
-            "-c",
-            text,
-        ])
-        .current_dir(WORK);
+    command.args(["sh", "-e", "-c", text]).current_dir(WORK);
     command
         .envs(scenario.variables())
         .env("WORK", WORK)
@@ -320,7 +362,19 @@ fn script(
         command.env("VMM_PID", vmm.pid().to_string());
     }
     command.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
-    let status = command.status().context("cannot start busybox")?;
+    // Not by busybox's timeout: its watcher outlives the script by up to a second, and would count as left behind.
+    let mut child = command.spawn().context("cannot start busybox")?;
+    let deadline = Instant::now() + SCRIPT_LIMIT;
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        if Instant::now() >= deadline {
+            child.kill()?;
+            break child.wait()?;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
     evidence.add(&format!("script `{what}`"), &fs::read(&log)?);
     ensure!(status.success(), "the script `{what}` failed ({status})");
     Ok(())
