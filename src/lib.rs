@@ -22,6 +22,7 @@ pub mod bench;
 pub mod boot;
 pub mod cli;
 pub mod clock;
+pub mod control;
 pub mod devices;
 pub mod gdb;
 pub mod guests;

@@ -59,6 +59,8 @@ impl Machine {
             virtio: Default::default(),
             timeout: Some(LIMIT),
             on_reset: OnReset::Exit,
+            control: None,
+            tarpit: None,
         };
         change(&mut config);
         // What an earlier run left must not be taken for this one's.

@@ -405,6 +405,8 @@ fn machine_of_one(name: &str, irqchip: bool) -> (Vm, kvm_ioctls::VcpuFd, Machine
         timeout: Some(Duration::from_millis(300)),
         gdb: None,
         on_reset: OnReset::Exit,
+        control: None,
+        tarpit: None,
     };
     let memory = memory::create(&config.memory).unwrap();
     let Guest::Image { bytes, at, entry } = guest else {
@@ -546,7 +548,11 @@ fn registers_that_the_processor_refuses_are_an_internal_error() {
 
 #[test]
 fn every_test_guest_is_used() {
-    let source = concat!(include_str!("kvm_guests.rs"), include_str!("kvm_control.rs"));
+    let source = concat!(
+        include_str!("kvm_guests.rs"),
+        include_str!("kvm_control.rs"),
+        include_str!("ctl.rs")
+    );
     for case in CASES {
         let quoted = format!("\"{}\"", case.name);
         assert!(

@@ -151,6 +151,8 @@ fn run_sources<S: Source + 'static, L: Lines<Error = StartError>>(sources: Vec<S
         timeout: Some(given.timeout),
         gdb: None,
         on_reset: OnReset::Exit,
+        control: None,
+        tarpit: None,
     };
     let (log, lines) = kept_log();
     let backends = sources.into_iter().map(ScriptedBackend::new).collect();

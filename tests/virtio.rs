@@ -104,6 +104,8 @@ fn config(
         placements,
         console: ConsoleKind::Off,
         debug_console: ConsoleKind::Off,
+        control: None,
+        tarpit: None,
         virtio,
         delay: None,
         timeout: Some(LIMIT),

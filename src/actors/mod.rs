@@ -25,11 +25,13 @@
 //! | `placement.rs` | who runs a turn: the sender, a thread, a pool |
 //! | `park.rs` | spin, then sleep, without a lost wake-up |
 //! | `rank.rs` | who may wait for whom |
+//! | `look.rs` | a mailbox as it looks from outside |
 //! | `sync.rs` | the atomics: the real ones, or loom's when models are explored |
 //! | `models.rs` | loom models of the token, park and close protocols |
 //! | `planted.rs` | the mistakes that those and all other models must find |
 
 mod lane;
+mod look;
 mod mailbox;
 pub(crate) mod park;
 mod placement;
@@ -44,6 +46,7 @@ mod models;
 mod tests;
 
 pub use lane::LANE_CREDITS;
+pub use look::{CallLook, LaneLook, MailboxLook};
 pub use mailbox::MAX_LANES;
 pub use placement::{Placement, PlacementKind, Pool};
 pub use port::{Address, Closed, Port, Spawned};

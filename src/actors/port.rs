@@ -122,6 +122,10 @@ impl<A: Actor> Address<A> {
         self.core.lanes[lane].state.load(Ordering::Relaxed)
     }
 
+    pub(super) fn core(&self) -> &Core<A> {
+        &self.core
+    }
+
     /// The name it was started with.
     pub fn name(&self) -> &str {
         &self.core.name

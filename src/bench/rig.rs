@@ -20,6 +20,7 @@ use crate::guests::meter::END_PORT;
 use crate::host::events::{Deliver, Gate};
 use crate::machine::chipset::DeviceSet;
 use crate::machine::dispatch::{Actors, BigLock, Channels, DeviceLocks, Discipline, Dispatch, MutexKind};
+use crate::vcpu::activity::Activity;
 use crate::vcpu::backend::{Backend, ResetError, RunError};
 use crate::vcpu::exit::{Exit, decode};
 use crate::vcpu::registers::Registers;
@@ -412,6 +413,7 @@ impl Rig<'_> {
             let vcpu = Vcpu {
                 bus: discipline.bus(log()),
                 guest,
+                activity: Activity::new(),
                 phase: phase.clone(),
                 overhead: self.scale.overhead,
             };
@@ -426,6 +428,7 @@ impl Rig<'_> {
             let vcpu = Vcpu {
                 bus: discipline.bus(log()),
                 guest: Again::new(port_of(next), false),
+                activity: Activity::new(),
                 phase: phase.clone(),
                 overhead: 0,
             };
@@ -510,6 +513,7 @@ fn storm(mut gate: Box<dyn Gate>, device: usize, phase: &Phase, scale: Scale) {
 struct Vcpu<D: Bus> {
     bus: D,
     guest: Again,
+    activity: Activity,
     phase: Arc<Phase>,
     overhead: u64,
 }
@@ -517,7 +521,7 @@ struct Vcpu<D: Bus> {
 impl<D: Bus> Vcpu<D> {
     #[inline]
     fn step(&mut self) {
-        let served = step(&mut self.guest, &mut self.bus);
+        let served = step(&mut self.guest, &mut self.bus, &self.activity);
         debug_assert_eq!(served, Ok(true));
     }
 
@@ -673,9 +677,9 @@ mod tests {
         let mut bus = discipline.bus(Logger::root(slog::Discard, slog::o!()));
         let mut guest = Again::new(PORTS, true);
         guest.data = 7u32.to_le_bytes();
-        assert_eq!(step(&mut guest, &mut bus), Ok(true));
+        assert_eq!(step(&mut guest, &mut bus, &Activity::new()), Ok(true));
         let mut guest = Again::new(PORTS, false);
-        assert_eq!(step(&mut guest, &mut bus), Ok(true));
+        assert_eq!(step(&mut guest, &mut bus, &Activity::new()), Ok(true));
         assert_eq!(u32::from_le_bytes(guest.data), 7);
         assert_eq!(bus.unclaimed(), []);
     }

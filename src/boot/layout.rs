@@ -73,6 +73,8 @@ pub mod io {
     pub const DEBUG_CONSOLE: u16 = 0xe9;
     /// Debug exit: a write ends the machine with a status.
     pub const DEBUG_EXIT: u16 = 0xf4;
+    /// The test device that blocks; in no machine without `--test-tarpit`.
+    pub const TARPIT: u16 = 0xf6;
     /// pvpanic.
     pub const PVPANIC: u16 = 0x505;
     /// ACPI PM1a event block: status at +0, enable at +2.

@@ -48,6 +48,8 @@ fn try_probe(probe: &Probe) -> Verdict {
         timeout: Some(PROBE_LIMIT),
         gdb: None,
         on_reset: OnReset::Exit,
+        control: None,
+        tarpit: None,
     };
     match supervisor::run(&config, &Logger::root(Discard, o!())) {
         Ok(Outcome::GuestExit(1)) => Verdict::Works,

@@ -1,10 +1,12 @@
 //! The command line: what a user types, turned into a [`MachineConfig`], and an exit status back.
 
 pub mod bench;
+mod ctl;
 pub mod doctor;
 
 use crate::actors::PlacementKind;
 use crate::boot::{BootConfig, BootProtocol, Unpack};
+use crate::devices::tarpit::Mire;
 use crate::gdb::server::GdbConfig;
 use crate::host::console::ConsoleKind;
 use crate::host::{log as hostlog, terminal};
@@ -37,6 +39,8 @@ enum Command {
     Run(Box<Run>),
     /// Tells what this host's KVM can and cannot do.
     Doctor,
+    /// Asks a running machine something, through the socket that its --control names
+    Ctl(ctl::Ctl),
     /// Measures the disciplines of dispatch against each other, with scripted vCPUs: runs on any host.
     Bench(bench::Bench),
 }
@@ -111,6 +115,12 @@ struct Run {
     /// What becomes of the machine when the guest asks for a reset
     #[arg(long, value_enum, value_name = "WHAT", default_value_t = ResetBy::Exit)]
     on_reset: ResetBy,
+    /// Makes a Unix socket by which the machine can be controlled; see `actor-vmm ctl`
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
+    /// Adds a device at port 0xf6 whose reads do not return
+    #[arg(long, hide = true)]
+    test_tarpit: bool,
     /// Ends the machine after this many seconds
     #[arg(long, value_name = "SECS", value_parser = parse_seconds)]
     timeout: Option<Duration>,
@@ -241,6 +251,8 @@ impl Run {
                 ResetBy::Exit => OnReset::Exit,
                 ResetBy::Reset => OnReset::Reset,
             },
+            control: self.control.clone(),
+            tarpit: self.test_tarpit.then(Mire::endless),
         }
     }
 
@@ -334,6 +346,7 @@ pub fn main() -> ExitCode {
     let status = std::panic::catch_unwind(|| match cli.command {
         Command::Run(run) => run.run(),
         Command::Doctor => doctor::run(),
+        Command::Ctl(ctl) => ctl.run(),
         Command::Bench(bench) => bench.run(),
     });
     // The hook has told what happened.

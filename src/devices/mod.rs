@@ -37,6 +37,8 @@ pub mod pci_config;
 pub mod pvpanic;
 pub mod rtc;
 pub mod shell;
+#[doc(hidden)]
+pub mod tarpit;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod uart16550;

@@ -902,6 +902,11 @@ image! {
     r#".asciz ".""#,
     "jmp 3b",
 
+    // Reads the test device that does not answer.
+    entry!("tarpit"),
+    "in al, TARPIT",
+    "jmp .Lflat64_linger",
+
     // Ends.
     entry!("reset_acpi"),
     "mov dx, ACPI_RESET",
@@ -1050,7 +1055,7 @@ cases! {
         "flat64_hello", "flat64_string", "ports", "memory",
         "apic_one_shot", "apic_periodic", "apic_deadline", "pit_ioapic", "pit_pic", "rtc_periodic",
         "serial_echo", "serial_transmit", "smp_xapic", "smp_x2apic", "smp_broadcast",
-        "churn", "reset_acpi", "debug_exit", "pvpanic", "triple_fault",
+        "churn", "tarpit", "reset_acpi", "debug_exit", "pvpanic", "triple_fault",
         "spin", "halted", "port_loop", "memory_loop", "chatter", "spin_smp";
     debug Flat64: "debug";
 }

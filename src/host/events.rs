@@ -1,5 +1,5 @@
-//! The event loop: one thread that waits for everything that is not a vCPU: the console's descriptors, the devices'
-//! deadlines, and signals.
+//! The event loop: one thread that waits for the console's descriptors and the devices' deadlines. It runs devices'
+//! turns, so it may be stuck in one; what must be heard even then (signals, control) is the control thread's.
 //!
 //! Owns: the console, the event loop's end of the character rings. Receives: [`Order`]. Posts to: the console's
 //! device, the devices with deadlines, the machine. Asks: nobody. Rank: backend. Ends: on [`Order::Stop`].
@@ -16,17 +16,14 @@ use crate::actors::{Port, Rank, RankGuard};
 use crate::clock::Clock;
 use crate::devices::Nanos;
 use crate::devices::shell::{DeviceMessage, Shell};
+use crate::vcpu::activity::Activity;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::signal::SigSet;
 use nix::sys::time::TimeSpec;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
-use signal_hook::iterator::backend::SignalDelivery;
-use signal_hook::iterator::exfiltrator::SignalOnly;
 use slog::{Logger, error, info, warn};
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -41,14 +38,16 @@ const PTY_LOOK: Duration = Duration::from_millis(100);
 /// [POSIX pipe(7)]).
 const WRITE_BYTES: usize = 4096;
 
-/// What the event loop tells the machine.
+/// What the event loop and the control thread tell the machine.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum HostEvent {
     /// One of INT, TERM, HUP, QUIT came.
     Signal(i32),
     /// Somebody typed Ctrl-A x.
     Quit,
-    /// The event loop panicked: a bug of ours.
+    /// The host could not provide guest memory at this guest physical address, and a vCPU's thread is stopped there.
+    MemoryGone(u64),
+    /// The event loop or the control thread panicked: a bug of ours.
     Died,
 }
 
@@ -169,59 +168,10 @@ pub struct EventLoop {
     pub gate: Box<dyn Gate>,
     /// Where signals and escapes go. Must not wait for long.
     pub machine: Box<dyn Fn(HostEvent) + Send>,
+    /// Where the loop publishes which device it is bringing a message.
+    pub activity: Activity,
     /// For what goes wrong with the console.
     pub log: Logger,
-}
-
-/// The signals that end the machine.
-const ENDING: [i32; 4] = [SIGINT, SIGTERM, SIGHUP, SIGQUIT];
-
-/// Where signals arrive.
-pub type Signals = SignalDelivery<UnixStream, SignalOnly>;
-
-/// Starts to collect signals. Before any thread is started that could be killed by one. A hang-up that whoever started
-/// us ignores (nohup) stays ignored.
-///
-/// # Errors
-/// What the host says.
-pub fn collect_signals() -> std::io::Result<Signals> {
-    let (read, write) = UnixStream::pair()?;
-    read.set_nonblocking(true)?;
-    let wanted: Vec<i32> = ENDING
-        .into_iter()
-        .filter(|signal| *signal != SIGHUP || !is_ignored(SIGHUP))
-        .collect();
-    unblock(&wanted)?;
-    SignalDelivery::with_pipe(read, write, SignalOnly, &wanted)
-}
-
-/// Lets signals through on this thread, and on those that it starts. A program inherits its mask.
-///
-/// # Errors
-/// What the host says.
-pub fn unblock(signals: &[i32]) -> std::io::Result<()> {
-    // SAFETY: an all-zero set is valid for sigemptyset to overwrite, and each call gets a pointer to it alone.
-    let failed = unsafe {
-        let mut set: libc::sigset_t = std::mem::zeroed();
-        libc::sigemptyset(&mut set);
-        for signal in signals {
-            libc::sigaddset(&mut set, *signal);
-        }
-        libc::pthread_sigmask(libc::SIG_UNBLOCK, &set, std::ptr::null_mut())
-    };
-    if failed == 0 {
-        Ok(())
-    } else {
-        Err(std::io::Error::from_raw_os_error(failed))
-    }
-}
-
-fn is_ignored(signal: i32) -> bool {
-    // SAFETY: with a null new action this only fills `now`, which is plain data.
-    unsafe {
-        let mut now: libc::sigaction = std::mem::zeroed();
-        libc::sigaction(signal, std::ptr::null(), &mut now) == 0 && now.sa_sigaction == libc::SIG_IGN
-    }
 }
 
 impl EventLoop {
@@ -229,7 +179,7 @@ impl EventLoop {
     ///
     /// # Errors
     /// When the host cannot start a thread.
-    pub fn start(self, signals: Signals) -> std::io::Result<EventLoopHandle> {
+    pub fn start(self) -> std::io::Result<EventLoopHandle> {
         // One order, ever.
         let (orders, inbox) = bounded(1);
         let (tell, ended) = bounded(1);
@@ -243,11 +193,12 @@ impl EventLoop {
                 lines: self.characters.into_iter().map(Line::new).collect(),
                 timed: self.timed,
                 machine: self.machine,
+                activity: self.activity,
                 log: self.log,
                 inbox,
                 until: None,
             }
-            .run(signals, &mut *gate);
+            .run(&mut *gate);
             let _ = tell.send(());
         })?;
         Ok(EventLoopHandle { orders, waker, ended })
@@ -261,6 +212,7 @@ struct Running {
     lines: Vec<Line>,
     timed: Vec<TimedDevice>,
     machine: Box<dyn Fn(HostEvent) + Send>,
+    activity: Activity,
     log: Logger,
     inbox: Receiver<Order>,
     /// Stopping: until when.
@@ -277,7 +229,7 @@ impl Drop for Running {
 }
 
 impl Running {
-    fn run(mut self, mut signals: Signals, gate: &mut dyn Gate) {
+    fn run(mut self, gate: &mut dyn Gate) {
         loop {
             if let Ok(Order::Stop(limit)) = self.inbox.try_recv() {
                 self.until = Some(Instant::now() + limit);
@@ -290,7 +242,7 @@ impl Running {
                 }
                 return;
             }
-            let fired = self.sleep(&mut signals);
+            let fired = self.sleep();
             gate.with(&mut |devices| {
                 for (line, (readable, writable)) in self.lines.iter_mut().zip(&fired) {
                     line.device.end.up();
@@ -301,7 +253,7 @@ impl Running {
                     if *writable || line.nobody_listens() {
                         line.write_output(&self.log);
                     }
-                    line.deliver(devices);
+                    line.deliver(devices, &self.activity);
                 }
                 self.tick(devices);
             });
@@ -312,25 +264,24 @@ impl Running {
     fn tick(&mut self, devices: &mut dyn Deliver) {
         let now = self.clock.now();
         for timed in &self.timed {
-            if timed.slot.take_due(now) && !devices.try_send(timed.device, DeviceMessage::Tick) {
+            if !timed.slot.take_due(now) {
+                continue;
+            }
+            self.activity.at_device(timed.device);
+            if !devices.try_send(timed.device, DeviceMessage::Tick) {
                 // No credit: the device is busy. Again when it may have one.
                 timed.slot.set(Some(Nanos(now.0 + 1_000_000)));
             }
+            self.activity.asleep();
         }
     }
 
-    /// Sleeps until something happens. Passes signals on, and says for each line whether its input and its output are
-    /// ready.
-    fn sleep(&mut self, signals: &mut Signals) -> Vec<(bool, bool)> {
+    /// Sleeps until something happens. Says for each line whether its input and its output are ready.
+    fn sleep(&mut self) -> Vec<(bool, bool)> {
         let timeout = self.timeout();
-        // SAFETY: the descriptor belongs to `signals`, which outlives the poll.
-        let signal_fd = unsafe { BorrowedFd::borrow_raw(signals.get_read().as_raw_fd()) };
-        // SAFETY: as above, with the waker, an Arc held by `self`.
+        // SAFETY: the descriptor belongs to the waker, an Arc held by `self`, which outlives the poll.
         let waker_fd = unsafe { BorrowedFd::borrow_raw(self.waker.as_raw_fd()) };
-        let mut polled = vec![
-            PollFd::new(waker_fd, PollFlags::POLLIN),
-            PollFd::new(signal_fd, PollFlags::POLLIN),
-        ];
+        let mut polled = vec![PollFd::new(waker_fd, PollFlags::POLLIN)];
         let stopping = self.until.is_some();
         let mut at = |fd: Option<BorrowedFd<'_>>, flags| {
             // SAFETY: the descriptor belongs to a console of `self`, which is not changed before the poll is over.
@@ -363,11 +314,6 @@ impl Running {
         };
         if fired(Some(0)) {
             let _ = self.waker.read();
-        }
-        if fired(Some(1)) {
-            for signal in signals.pending() {
-                (self.machine)(HostEvent::Signal(signal));
-            }
         }
         places
             .into_iter()
@@ -484,7 +430,7 @@ impl Line {
     }
 
     /// Gives the device what was typed, and the news that it has not got yet.
-    fn deliver(&mut self, devices: &mut dyn Deliver) {
+    fn deliver(&mut self, devices: &mut dyn Deliver, activity: &Activity) {
         let CharacterDevice { end, device, .. } = &mut self.device;
         if !self.typed.is_empty() {
             let given = end.give(&self.typed);
@@ -492,12 +438,17 @@ impl Line {
             self.input_told &= given == 0;
         }
         self.output_told &= !end.wants_output_ready();
+        if self.output_told && self.input_told {
+            return;
+        }
+        activity.at_device(*device);
         if !self.output_told {
             self.output_told = devices.try_send(*device, DeviceMessage::OutputReady);
         }
         if !self.input_told {
             self.input_told = devices.try_send(*device, DeviceMessage::InputReady);
         }
+        activity.asleep();
     }
 
     /// Whether somebody is on the other side of a pseudo-terminal.

@@ -76,13 +76,11 @@ pub fn restore() {
 }
 
 /// Signals that end a program by default, but for those that the machine answers and those that cannot be answered.
-const ENDS: [i32; 9] = [
+const ENDS: [i32; 7] = [
     libc::SIGABRT,
     libc::SIGALRM,
-    libc::SIGBUS,
     libc::SIGSYS,
     libc::SIGTRAP,
-    libc::SIGUSR1,
     libc::SIGUSR2,
     libc::SIGVTALRM,
     libc::SIGXCPU,
@@ -98,6 +96,19 @@ fn restore_on_default_ends() {
         // cells that were set before; it takes no lock and allocates nothing. A signal that cannot be answered stays
         // as it is.
         let _ = unsafe { signal_hook::low_level::register(signal, move || default_end(signal)) };
+    }
+    // SAFETY: as above: an atomic, a cell that was set before, and two async-signal-safe calls.
+    let _ = unsafe { signal_hook::low_level::register(libc::SIGCONT, take_again) };
+}
+
+/// Continued after a SIGSTOP, which nobody can answer: a shell has its own settings on the terminal by now. After a
+/// SIGTSTP the handler of that does this, since the terminal was given back.
+fn take_again() {
+    if is_raw()
+        && nix::unistd::tcgetpgrp(stdin()) == Ok(nix::unistd::getpgrp())
+        && let Some(raw) = RAW_SETTINGS.get()
+    {
+        let _ = termios::tcsetattr(stdin(), SetArg::TCSANOW, &Termios::from(raw.0));
     }
 }
 

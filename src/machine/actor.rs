@@ -17,20 +17,23 @@ use super::{MachineMessage, Reloaded};
 use crate::actors::Lifecycle;
 use crate::boot::EntryPoint;
 use crate::clock::Clock;
+use crate::control::observatory::Published;
 use crate::devices::MachineRequest;
 use crate::gdb::server::{self as gdb, GdbHandle};
 use crate::host::character::{Waker, wake};
 use crate::host::events::{EventLoopHandle, HostEvent};
 use crate::simulation::{self, Planted};
+use crate::vcpu::activity::ActivityView;
 use crate::vcpu::backend::Backend;
 use crate::vcpu::exit::SystemEvent;
+use crate::vcpu::kick::KickHandle;
 use crate::vcpu::route::Space;
 use crate::vcpu::{End, Vcpu, VcpuEvent, VcpuHandle, VcpuMessage, VcpuNews, vcpu_mailbox};
 use crate::virtio::queue::{QueueActor, QueueHandle};
 use crossbeam_channel::{RecvTimeoutError, Sender, select_biased};
 use slog::{Logger, crit, debug, error, info, o, warn};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long vCPUs may take to end before they are given up and named.
@@ -61,7 +64,7 @@ pub(super) struct Parts {
     pub(super) on_reset: OnReset,
     pub(super) vcpus: usize,
     /// Where the state is published.
-    pub(super) published: Arc<AtomicU8>,
+    pub(super) published: Arc<Published>,
     pub(super) log: Logger,
 }
 
@@ -92,7 +95,7 @@ pub(super) struct Machine {
     asker: Option<Reply>,
     on_reset: OnReset,
     guest_wants_reset: bool,
-    published: Arc<AtomicU8>,
+    published: Arc<Published>,
     debugger: Option<GdbHandle>,
     log: Logger,
 }
@@ -160,13 +163,14 @@ impl Machine {
         Ok(())
     }
 
-    /// Starts the vCPUs' threads and waits until all are ready.
+    /// Starts the vCPUs' threads and waits until all are ready. Returns where each publishes what it is doing.
     pub(super) fn start_vcpus<B: Backend + Send + 'static, D: Discipline>(
         &mut self,
         backends: Vec<B>,
         discipline: &D,
         news: &Sender<MachineMessage>,
-    ) -> std::io::Result<()> {
+    ) -> std::io::Result<Vec<ActivityView>> {
+        let mut views = Vec::with_capacity(backends.len());
         let expected = backends.len();
         for (index, backend) in backends.into_iter().enumerate() {
             let bus = discipline.bus(self.log.new(o!("vcpu" => index)));
@@ -175,6 +179,7 @@ impl Machine {
             // A machine that is gone does not care.
             let tell = Box::new(move |what: VcpuNews| drop(news.send(MachineMessage::Vcpu(what))));
             let vcpu = Vcpu::new(index, backend, bus, inbox, tell);
+            views.push(vcpu.activity());
             let thread = crate::thread::spawn(format!("vcpu{index}"), move || vcpu.run())?;
             self.vcpus.push(RunningVcpu {
                 handle,
@@ -196,7 +201,12 @@ impl Machine {
                 Err(_) => unreachable!("we hold a sender"),
             }
         }
-        Ok(())
+        Ok(views)
+    }
+
+    /// The kicks of all vCPUs, once they are there.
+    pub(super) fn kicks(&self) -> Vec<KickHandle> {
+        self.vcpus.iter().map(|vcpu| vcpu.handle.kicker()).collect()
     }
 
     /// Lets a debugger at the vCPUs, which are ready and have not started.
@@ -225,8 +235,7 @@ impl Machine {
     fn tell_state(&self, before: State) {
         let state = self.conductor.state();
         if state != before {
-            // Relaxed: it stands for itself.
-            self.published.store(state as u8, Ordering::Relaxed);
+            self.published.set_state(state);
             debug!(self.log, "machine: {before} -> {state}");
         }
     }
@@ -286,6 +295,9 @@ impl Machine {
             MachineMessage::Host(HostEvent::Signal(signal)) => return Some(Outcome::Signal(signal)),
             MachineMessage::Host(HostEvent::Quit) => return Some(Outcome::Quit),
             MachineMessage::Host(HostEvent::Died) => return Some(Outcome::EventLoopDied),
+            MachineMessage::Host(HostEvent::MemoryGone(address)) => {
+                return Some(Outcome::MemoryGone(address));
+            }
             MachineMessage::Died(obituary) => {
                 error!(
                     self.log,
@@ -308,6 +320,7 @@ impl Machine {
                 match entry {
                     Ok(entry) => {
                         self.entry = entry;
+                        self.published.count_reset();
                         self.conductor.reloaded();
                     }
                     Err(error) => return Some(self.reset_failed(chain(&error))),
@@ -471,7 +484,19 @@ impl Machine {
         if !self.conductor.is_under_way() {
             self.answers_by = None;
         }
+        self.publish_unanswered();
         None
+    }
+
+    fn publish_unanswered(&self) {
+        let pending = self.conductor.pending();
+        let vcpus = self.vcpus.len();
+        let numbered = pending.iter().filter_map(|pending| match pending {
+            Pending::Vcpu(index, event) => Some((*index, *event)),
+            Pending::Device(index, event) => Some((vcpus + index, *event)),
+            Pending::Reload => None,
+        });
+        self.published.set_unanswered(numbered);
     }
 
     fn tell_vcpu(&self, index: usize, event: Lifecycle) {
@@ -554,6 +579,7 @@ impl Machine {
         } else {
             "a pause is not complete"
         };
+        self.publish_unanswered();
         warn!(self.log, "{what}: it waits for {}", waits.join(", "));
         self.tell_state(before);
         self.answer(Answer::Waits(self.conductor.state(), waits));

@@ -13,6 +13,7 @@ use crate::devices::pci_config::PciConfig;
 use crate::devices::pvpanic::Pvpanic;
 use crate::devices::rtc::{MemorySize, Rtc};
 use crate::devices::shell::{InterruptLine, Shell, Surroundings};
+use crate::devices::tarpit::{self, Mire, Tarpit};
 use crate::devices::uart16550::Uart16550;
 use crate::devices::{Access, AccessClass, Claim, Device, Direction};
 use crate::devices::{acpi_pm, debug_console, debug_exit, delay, i8042, pci_config, pvpanic, rtc, uart16550};
@@ -99,6 +100,8 @@ pub struct ChipsetConfig {
     pub machine: Sender<MachineMessage>,
     /// How long the port for measurements takes, if there is to be one.
     pub delay: Option<Duration>,
+    /// For tests: a device that blocks.
+    pub tarpit: Option<Mire>,
 }
 
 /// One device, before it is an actor.
@@ -197,6 +200,13 @@ impl Chipset {
         ];
         if let Some(time) = config.delay {
             parts.push(part(Box::new(Delay::new(time)), io::DELAY, delay::CLAIMS));
+        }
+        if let Some(mire) = &config.tarpit {
+            parts.push(part(
+                Box::new(Tarpit::new(mire.clone())),
+                io::TARPIT,
+                tarpit::CLAIMS,
+            ));
         }
         let mut chipset = Chipset {
             devices: Vec::with_capacity(parts.len()),

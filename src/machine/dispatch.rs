@@ -12,8 +12,10 @@ use crate::baselines::channel::{self, ChannelAddress, ChannelReach};
 use crate::baselines::device_lock::{DeviceLockBus, DeviceLockGate, Devices};
 use crate::baselines::mutex::Mutex;
 use crate::clock::Clock;
+use crate::control::observatory::WatchedDevice;
 use crate::devices::shell::{DeviceMessage, Shell};
 use crate::host::events::{Deliver, Gate, Tell};
+use crate::vcpu::activity::ActivityView;
 use crate::vcpu::route::{Bus, RouteMap, RoutingTable};
 use crossbeam_channel::Sender;
 use slog::Logger;
@@ -110,6 +112,18 @@ pub trait Discipline {
 
     /// The machine actor's.
     fn control(&mut self) -> Box<dyn Control>;
+
+    /// The devices as they can be looked at, and which address is whose.
+    fn watch(&self) -> (Vec<WatchedDevice>, RouteMap);
+}
+
+/// Devices whose mailboxes, if they have any, are not looked at.
+fn unwatched(names: &[&'static str]) -> Vec<WatchedDevice> {
+    let device = |name: &&str| WatchedDevice {
+        name: name.to_string(),
+        address: None,
+    };
+    names.iter().map(device).collect()
 }
 
 /// What the machine actor can do to the devices. It never waits for one, and never runs a device's turn.
@@ -119,6 +133,9 @@ pub trait Control {
 
     /// Devices have not answered for a long time: whoever brings them their messages may be stuck with one of them.
     fn reinforce(&mut self);
+
+    /// What the threads that bring messages are doing.
+    fn messengers(&self) -> Vec<ActivityView>;
 
     /// Ends all devices, after what was said before. `all_ended`: all who use them have ended, so none can be stuck and
     /// their threads are waited for. If not, the names of those that do not end are returned.
@@ -214,6 +231,14 @@ impl Discipline for Actors {
             threads,
         })
     }
+
+    fn watch(&self) -> (Vec<WatchedDevice>, RouteMap) {
+        let device = |device: &Spawned<Shell>| WatchedDevice {
+            name: device.address.name().to_string(),
+            address: Some(device.address.clone()),
+        };
+        (self.devices.iter().map(device).collect(), self.routes.clone())
+    }
 }
 
 impl Courier for Port<Shell> {
@@ -243,6 +268,10 @@ impl Control for ActorControl {
         self.messenger.reinforce();
     }
 
+    fn messengers(&self) -> Vec<ActivityView> {
+        self.messenger.views()
+    }
+
     fn stop(&mut self, all_ended: bool) -> Vec<String> {
         self.messenger.stop();
         let deadline = Instant::now() + DEVICE_LIMIT;
@@ -267,6 +296,7 @@ impl Control for ActorControl {
 /// `channel`.
 pub struct Channels {
     devices: Vec<ChannelAddress>,
+    names: Vec<&'static str>,
     routes: RouteMap,
     clock: Clock,
     spin: bool,
@@ -279,9 +309,11 @@ impl Channels {
     /// When the host cannot start one.
     pub fn new(set: impl Into<DeviceSet>, spin: bool) -> io::Result<Channels> {
         let set = set.into();
+        let names = set.devices.iter().map(|(name, _)| *name).collect();
         let devices = set.devices.into_iter();
         let devices = devices.map(|(name, shell)| channel::start(shell, name, spin));
         Ok(Channels {
+            names,
             devices: devices.collect::<io::Result<_>>()?,
             routes: set.routes,
             clock: set.clock,
@@ -306,10 +338,19 @@ impl Discipline for Channels {
         // The threads end when all who could send are gone.
         gate_control(self.devices.len(), || self.gate())
     }
+
+    fn watch(&self) -> (Vec<WatchedDevice>, RouteMap) {
+        (unwatched(&self.names), self.routes.clone())
+    }
 }
 
 /// `device-lock`.
-pub struct DeviceLocks<M>(Arc<Devices<M>>, usize);
+pub struct DeviceLocks<M> {
+    shared: Arc<Devices<M>>,
+    names: Vec<&'static str>,
+    /// As they were when the devices were taken, for those who look.
+    routes: RouteMap,
+}
 
 impl<M: Mutex<Shell>> DeviceLocks<M> {
     /// Takes the devices.
@@ -319,9 +360,12 @@ impl<M: Mutex<Shell>> DeviceLocks<M> {
             routes,
             clock,
         } = set.into();
-        let shells: Vec<Shell> = devices.into_iter().map(|(_, shell)| shell).collect();
-        let count = shells.len();
-        DeviceLocks(Arc::new(Devices::new(shells, routes, clock)), count)
+        let (names, shells) = devices.into_iter().unzip::<_, _, Vec<_>, Vec<_>>();
+        DeviceLocks {
+            shared: Arc::new(Devices::new(shells, routes.clone(), clock)),
+            names,
+            routes,
+        }
     }
 }
 
@@ -329,20 +373,29 @@ impl<M: Mutex<Shell>> Discipline for DeviceLocks<M> {
     type Bus = DeviceLockBus<M>;
 
     fn bus(&self, log: Logger) -> Self::Bus {
-        DeviceLockBus::new(self.0.clone(), log)
+        DeviceLockBus::new(self.shared.clone(), log)
     }
 
     fn gate(&self) -> Box<dyn Gate> {
-        Box::new(DeviceLockGate(self.0.clone()))
+        Box::new(DeviceLockGate(self.shared.clone()))
     }
 
     fn control(&mut self) -> Box<dyn Control> {
-        gate_control(self.1, || self.gate())
+        gate_control(self.names.len(), || self.gate())
+    }
+
+    fn watch(&self) -> (Vec<WatchedDevice>, RouteMap) {
+        (unwatched(&self.names), self.routes.clone())
     }
 }
 
 /// `big-lock`.
-pub struct BigLock<M>(Arc<M>, usize);
+pub struct BigLock<M> {
+    shared: Arc<M>,
+    names: Vec<&'static str>,
+    /// As they were when the devices were taken, for those who look.
+    routes: RouteMap,
+}
 
 impl<M: Mutex<big_lock::Machine>> BigLock<M> {
     /// Takes the devices.
@@ -352,12 +405,12 @@ impl<M: Mutex<big_lock::Machine>> BigLock<M> {
             routes,
             clock,
         } = set.into();
-        let shells: Vec<Shell> = devices.into_iter().map(|(_, shell)| shell).collect();
-        let count = shells.len();
-        BigLock(
-            Arc::new(M::new(big_lock::Machine::new(shells, routes, clock))),
-            count,
-        )
+        let (names, shells) = devices.into_iter().unzip::<_, _, Vec<_>, Vec<_>>();
+        BigLock {
+            shared: Arc::new(M::new(big_lock::Machine::new(shells, routes.clone(), clock))),
+            names,
+            routes,
+        }
     }
 }
 
@@ -365,15 +418,19 @@ impl<M: Mutex<big_lock::Machine>> Discipline for BigLock<M> {
     type Bus = BigLockBus<M>;
 
     fn bus(&self, log: Logger) -> Self::Bus {
-        BigLockBus::new(self.0.clone(), log)
+        BigLockBus::new(self.shared.clone(), log)
     }
 
     fn gate(&self) -> Box<dyn Gate> {
-        Box::new(BigLockGate(self.0.clone()))
+        Box::new(BigLockGate(self.shared.clone()))
     }
 
     fn control(&mut self) -> Box<dyn Control> {
-        gate_control(self.1, || self.gate())
+        gate_control(self.names.len(), || self.gate())
+    }
+
+    fn watch(&self) -> (Vec<WatchedDevice>, RouteMap) {
+        (unwatched(&self.names), self.routes.clone())
     }
 }
 
@@ -416,6 +473,10 @@ impl Control for GateControl {
 
     fn reinforce(&mut self) {
         self.0.reinforce();
+    }
+
+    fn messengers(&self) -> Vec<ActivityView> {
+        self.0.views()
     }
 
     // There is nothing to end, and no way to tell who is stuck.

@@ -11,6 +11,7 @@
 //! Receives: orders. Sends to: devices, without waiting. Rank: vCPU, as any sender to devices. Ends: with the machine.
 
 use crate::actors::{Lifecycle, Rank, RankGuard};
+use crate::vcpu::activity::{Activity, ActivityView};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use std::sync::Arc;
 
@@ -54,6 +55,9 @@ impl<C: Courier> Slot<C> {
 pub struct Messenger<C: Courier> {
     slots: Arc<[Slot<C>]>,
     jobs: (Sender<usize>, Receiver<usize>),
+    /// Of the threads that are not started yet.
+    idle: Vec<Activity>,
+    views: Vec<ActivityView>,
     threads: usize,
 }
 
@@ -69,7 +73,10 @@ impl<C: Courier> Messenger<C> {
                 orders: bounded(ORDERS),
             }
         };
+        let idle: Vec<_> = (0..THREADS).map(|_| Activity::new()).collect();
         Messenger {
+            views: idle.iter().map(Activity::view).collect(),
+            idle,
             slots: couriers.into_iter().map(slot).collect(),
             jobs,
             threads: 0,
@@ -81,22 +88,31 @@ impl<C: Courier> Messenger<C> {
     pub fn order(&mut self, device: usize, event: Lifecycle) -> bool {
         let left =
             self.slots[device].orders.0.try_send(event).is_ok() && self.jobs.0.try_send(device).is_ok();
-        left && (self.threads > 0 || self.start())
+        left && (self.threads > 0 || (!self.idle.is_empty() && self.start()))
     }
 
     /// Orders were not delivered for a long time: another thread, if the ones that there are do not get to them.
     pub fn reinforce(&mut self) {
-        if self.threads < THREADS && !self.jobs.1.is_empty() {
+        if !self.idle.is_empty() && !self.jobs.1.is_empty() {
             self.start();
         }
     }
 
+    /// What each thread that there is or may be is doing.
+    pub fn views(&self) -> Vec<ActivityView> {
+        self.views.clone()
+    }
+
     fn start(&mut self) -> bool {
+        // The one of the first thread is the first view.
+        let activity = self.idle.remove(0);
         let (slots, jobs) = (self.slots.clone(), self.jobs.1.clone());
         let work = move || {
             let _rank = RankGuard::enter(Rank::Vcpu);
             while let Ok(device) = crate::simulation::receive(&jobs) {
+                activity.at_device(device);
                 slots[device].deliver();
+                activity.asleep();
             }
         };
         let started = crate::thread::spawn("messenger", work).is_ok();

@@ -23,7 +23,9 @@ pub enum Outcome {
     ResetFailed(String),
     /// Whoever controls the machine stopped it, such as a gdb by `kill`.
     Stopped,
-    /// The event loop panicked: nobody would hear signals or the console any more.
+    /// The host could not provide guest memory that one of our threads touched. The guest physical address.
+    MemoryGone(u64),
+    /// The event loop or the control thread panicked: nobody would hear signals or the console any more.
     EventLoopDied,
     /// `--timeout` was over. With the state the machine was in.
     TimedOut(State),
@@ -78,9 +80,10 @@ impl Outcome {
             Outcome::GuestExit(value) => (*value).min(63) << 1 | 1,
             Outcome::Reset => status::RESET,
             Outcome::GuestPanic | Outcome::TripleFault => status::GUEST_PANIC,
-            Outcome::InternalError(_) | Outcome::EventLoopDied | Outcome::ResetFailed(_) => {
-                status::INTERNAL_ERROR
-            }
+            Outcome::InternalError(_)
+            | Outcome::EventLoopDied
+            | Outcome::ResetFailed(_)
+            | Outcome::MemoryGone(_) => status::INTERNAL_ERROR,
             Outcome::Stopped => status::STOPPED,
             Outcome::TimedOut(_) => status::TIMED_OUT,
             Outcome::Signal(signal) => status::SIGNAL.wrapping_add(*signal as u8),
@@ -99,9 +102,14 @@ impl fmt::Display for Outcome {
             Outcome::TripleFault => f.write_str("the guest ended in a triple fault"),
             Outcome::InternalError(_) => f.write_str("internal error"),
             Outcome::ResetFailed(why) => write!(f, "internal error: the machine cannot be reset: {why}"),
+            Outcome::MemoryGone(address) => write!(
+                f,
+                "internal error: the host could not provide guest memory at guest physical address {address:#x} \
+                 (SIGBUS); is it out of memory or huge pages? Try a smaller --memory"
+            ),
             Outcome::Stopped => f.write_str("stopped by whoever controls the machine"),
             Outcome::EventLoopDied => f.write_str(
-                "internal error: the event loop died; this is a bug in actor-vmm, please report it",
+                "internal error: the event loop or the control thread died; this is a bug in actor-vmm, please report it",
             ),
             Outcome::TimedOut(state) => write!(f, "--timeout was over; the machine was {state}"),
             Outcome::Signal(signal) => {

@@ -3,6 +3,8 @@
 
 use super::supervisor::StartError;
 use crate::boot::EntryPoint;
+use crate::host::bus::MemoryWatch;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Used by the machine actor, and by the thread that loads the guest anew; by one at a time.
@@ -19,6 +21,11 @@ pub trait Platform: Send + 'static {
     /// # Errors
     /// When the guest's files cannot be loaded any more, or the host refuses.
     fn reset(&mut self) -> Result<Option<EntryPoint>, StartError>;
+
+    /// Guest memory, as it is watched for SIGBUS.
+    fn memory(&self) -> Option<Arc<MemoryWatch>> {
+        None
+    }
 }
 
 /// Of a machine whose guests are scripts.

@@ -3,6 +3,7 @@
 
 use super::MachineMessage;
 use super::state::{Refused, State};
+use crate::host::events::HostEvent;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use std::fmt;
 use std::ops::Deref;
@@ -173,6 +174,11 @@ impl MachineAddress {
         if self.closed.load(Ordering::Relaxed) {
             empty(&self.messages);
         }
+    }
+
+    /// What the host's side has to say. Does not wait: when the mailbox is full there is an end in it already.
+    pub fn host(&self, event: HostEvent) {
+        let _ = self.sender.try_send(MachineMessage::Host(event));
     }
 
     /// Asks and waits for the answer. For tests and tools, which may.

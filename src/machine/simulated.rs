@@ -14,6 +14,7 @@ use super::state::State;
 use super::supervisor::{OnReset, Unwired};
 use crate::boot::layout::io;
 use crate::clock::Clock;
+use crate::control::observatory::Published;
 use crate::devices::rtc::MemorySize;
 use crate::devices::shell::DeviceMessage;
 use crate::devices::{Access, Claim, Context, Device, Width};
@@ -26,7 +27,7 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use slog::{Discard, Logger, o};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use vmm_sys_util::eventfd::EventFd;
 
 const VCPUS: usize = 2;
@@ -390,6 +391,7 @@ fn live() -> Result<(), String> {
         waker: waker.clone(),
         machine: sender.clone(),
         delay: None,
+        tarpit: None,
     };
     let off = || Console::open(&ConsoleKind::Off).expect("nothing is opened");
     let mut chipset = Chipset::new(&config, off(), off(), &Unwired).map_err(|error| error.to_string())?;
@@ -400,6 +402,7 @@ fn live() -> Result<(), String> {
     const CLAIMS: &[Claim] = &[Claim::new(0, 4)];
     chipset.add_device(counter, COUNTER, CLAIMS, &config);
     drop(config);
+    let devices = chipset.devices.len();
     let answered = chipset.devices.iter();
     let answered = answered
         .map(|device| (device.name, device.answered.clone()))
@@ -424,7 +427,7 @@ fn live() -> Result<(), String> {
         deadline: None,
         on_reset: OnReset::Reset,
         vcpus: VCPUS,
-        published: Arc::new(AtomicU8::new(State::Created as u8)),
+        published: Arc::new(Published::new(VCPUS, devices)),
         log,
     });
     let backends = (0..VCPUS).map(|vcpu| {

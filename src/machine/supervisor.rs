@@ -7,8 +7,7 @@ use super::dispatch::{Actors, BigLock, Channels, DeviceLocks, Discipline, Dispat
 use super::memory::{self, MemoryConfig, MemoryError};
 use super::outcome::Outcome;
 use super::platform::{NoPlatform, Platform};
-use super::request::{Inbox, Mailbox};
-use super::state::State;
+use super::request::{Inbox, MachineAddress, Mailbox};
 use super::vm::{Vm, VmError};
 use super::{MachineMessage, cpuid::Topology, virtio};
 use crate::actors::PlacementKind;
@@ -16,12 +15,19 @@ use crate::baselines::mutex;
 use crate::boot::layout;
 use crate::boot::{self, AcpiConfig, BootConfig, BootError, EntryPoint};
 use crate::clock::Clock;
+use crate::control::observatory::{Observatory, Published};
+use crate::control::plane::Plane;
+use crate::control::socket::{ControlSocket, SocketError};
 use crate::devices::rtc::MemorySize;
 use crate::devices::shell::InterruptLine;
+use crate::devices::tarpit::Mire;
 use crate::gdb::server::{self as gdb, GdbConfig, GdbError};
+use crate::host::bus::MemoryWatch;
 use crate::host::character::Waker;
 use crate::host::console::{self, Console, ConsoleError, ConsoleKind};
-use crate::host::events::{self, CharacterDevice, EventLoop, Signals, TimedDevice};
+use crate::host::events::{self, CharacterDevice, EventLoop, TimedDevice};
+use crate::host::signals::{self, Signals};
+use crate::vcpu::activity::{Activity, Stopwatch};
 use crate::vcpu::backend::Backend;
 use crate::vcpu::kick;
 use crate::virtio::Notify;
@@ -29,8 +35,9 @@ use crate::virtio::config::{Opened, VirtioConfig, VirtioError};
 use crate::virtio::queue::QueueActor;
 use crossbeam_channel::Sender;
 use slog::{Logger, debug, info};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU32};
+use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
@@ -78,6 +85,11 @@ pub struct MachineConfig {
     pub gdb: Option<GdbConfig>,
     /// What becomes of it when the guest asks for a reset.
     pub on_reset: OnReset,
+    /// Where its control socket is.
+    pub control: Option<PathBuf>,
+    /// For tests: it has a device that blocks.
+    #[doc(hidden)]
+    pub tarpit: Option<Mire>,
 }
 
 /// What a guest gets that asks for a reset.
@@ -116,6 +128,9 @@ pub enum StartError {
     /// Where the console goes.
     #[error(transparent)]
     Console(#[from] ConsoleError),
+    /// The control socket.
+    #[error(transparent)]
+    Control(#[from] SocketError),
     /// Guest memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -145,6 +160,9 @@ impl StartError {
                 | StartError::Console(ConsoleError::Same(_))
                 | StartError::Cpus(_)
                 | StartError::Console(ConsoleError::File { .. })
+                | StartError::Control(
+                    SocketError::InUse(_) | SocketError::NotASocket(_) | SocketError::Path(_)
+                )
                 | StartError::Image
                 | StartError::Gdb(_)
                 | StartError::Vm(VmError::TooManyVcpus { .. })
@@ -218,6 +236,7 @@ pub fn run_kvm(config: &MachineConfig, inbox: Inbox, log: &Logger) -> Result<Out
     let virtio = config.virtio.open(log)?;
     memory::check_host(&config.memory)?;
     let memory = memory::create(&config.memory)?;
+    let watch = MemoryWatch::new(&memory)?;
     let topology = Topology::flat(config.cpus as u32);
     let acpi = AcpiConfig {
         virtio: virtio::described(virtio.len(), config.virtio.notify),
@@ -235,6 +254,7 @@ pub fn run_kvm(config: &MachineConfig, inbox: Inbox, log: &Logger) -> Result<Out
     }
     let (guest, load_log) = (config.guest.clone(), log.clone());
     let platform = vm.platform(move |memory| load(memory, &guest, &acpi, &load_log))?;
+    let platform = platform.watched(watch);
     let debugger = match listener {
         Some(listener) => Some(gdb::Server::new(listener, memory.clone())?),
         None => None,
@@ -345,12 +365,14 @@ where
             crate::host::log::print(&format!("console: {}", console.name));
         }
     }
+    let socket = config.control.as_deref().map(ControlSocket::bind).transpose()?;
     kick::install_handler()?;
-    let signals = events::collect_signals()?;
+    let signals = signals::collect()?;
     for console in [&console, &debug_console] {
         console.begin();
     }
 
+    let address = inbox.address();
     let Inbox { sender, mailbox } = inbox;
     let clock = Clock::new();
     let waker = Arc::new(EventFd::new(libc::EFD_NONBLOCK)?);
@@ -365,6 +387,7 @@ where
         waker: waker.clone(),
         machine: sender.clone(),
         delay: config.delay,
+        tarpit: config.tarpit.clone(),
     };
     let mut chipset = Chipset::new(&chipset_config, console, debug_console, lines)?;
     let notify = match lines.has_eventfds() {
@@ -375,6 +398,7 @@ where
         let placed = virtio::place(number, opened, notify, &virtio.memory, lines, log)?;
         chipset.add_virtio(placed, &chipset_config);
     }
+    let devices = chipset.devices.len();
     let answered = chipset
         .devices
         .iter()
@@ -387,6 +411,10 @@ where
         timed: std::mem::take(&mut chipset.timed),
         queues: std::mem::take(&mut chipset.queues),
         signals,
+        socket,
+        address,
+        published: Arc::new(Published::new(config.cpus, devices)),
+        dispatch: config.dispatch,
         clock,
         waker,
         sender,
@@ -428,6 +456,10 @@ struct Assembly<B> {
     timed: Vec<TimedDevice>,
     queues: Vec<(usize, QueueActor)>,
     signals: Signals,
+    socket: Option<ControlSocket>,
+    address: MachineAddress,
+    published: Arc<Published>,
+    dispatch: Dispatch,
     clock: Clock,
     waker: Waker,
     sender: Sender<MachineMessage>,
@@ -440,43 +472,84 @@ struct Assembly<B> {
 impl<B: Backend + Send + 'static> Assembly<B> {
     fn run<D: Discipline>(self, mut discipline: D) -> Result<Outcome, StartError> {
         let tell = self.sender.clone();
+        let stopwatch = Stopwatch::start();
+        let activity = Activity::new();
+        let events = activity.view();
         let event_loop = EventLoop {
             clock: self.clock.clone(),
             waker: self.waker.clone(),
             characters: self.characters,
             timed: self.timed,
+            // The first to connect to the devices, then the messenger, then the vCPUs: `control/why.rs` knows them by
+            // that.
             gate: discipline.gate(),
             machine: Box::new(move |event| drop(tell.try_send(MachineMessage::Host(event)))),
+            activity,
             log: self.log.clone(),
         }
-        .start(self.signals)?;
+        .start()?;
+        let devices = discipline.control();
+        let messengers = devices.messengers();
         let vcpus = self.backends.len();
+        let memory = self.platform.memory();
         let mut machine = Machine::new(Parts {
             sender: self.sender.clone(),
             mailbox: self.mailbox,
-            devices: discipline.control(),
+            devices,
             answered: self.answered,
             platform: self.platform,
             event_loop,
-            clock: self.clock,
+            clock: self.clock.clone(),
             waker: self.waker,
             deadline: self.deadline,
             on_reset: self.on_reset,
             vcpus,
-            published: Arc::new(AtomicU8::new(State::Created as u8)),
+            published: self.published.clone(),
             log: self.log.clone(),
         });
         let started = machine
             .start_queues(self.queues, &discipline)
             .and_then(|()| machine.start_vcpus(self.backends, &discipline, &self.sender))
-            .and_then(|()| self.debugger.map_or(Ok(()), |server| machine.debug_by(server)));
+            .and_then(|views| {
+                if let Some(server) = self.debugger {
+                    machine.debug_by(server)?;
+                }
+                let events = std::iter::once(("events".to_string(), events));
+                let messengers = messengers.into_iter().enumerate();
+                let messengers = messengers.map(|(index, view)| (format!("messenger{index}"), view));
+                let (devices, routes) = discipline.watch();
+                let observatory = Observatory {
+                    published: self.published,
+                    vcpus: views,
+                    others: events.chain(messengers).collect(),
+                    devices,
+                    routes,
+                    clock: self.clock,
+                    dispatch: self.dispatch,
+                    stopwatch,
+                    begun: Instant::now(),
+                };
+                Plane {
+                    signals: self.signals,
+                    socket: self.socket,
+                    machine: self.address,
+                    observatory,
+                    kicks: machine.kicks(),
+                    memory,
+                    log: self.log.clone(),
+                }
+                .start()
+            });
         drop((self.sender, discipline));
         match started {
-            Ok(()) => {
+            Ok(plane) => {
                 info!(self.log, "the guest starts"; "cpus" => vcpus,
                     "memory" => memory::human(self.memory_bytes));
                 crate::host::code::give_back();
-                Ok(machine.supervise())
+                let outcome = machine.supervise();
+                // Only now: it hears signals and answers while the machine ends.
+                plane.stop();
+                Ok(outcome)
             }
             Err(error) => {
                 machine.stop(OUTPUT_LIMIT);
@@ -497,7 +570,10 @@ impl MachineConfig {
             return Err(StartError::PlacementWithoutActors(self.dispatch));
         }
         self.virtio.check()?;
-        let there = [&DEVICE_NAMES[..], &self.virtio.names()].concat();
+        let mut there = [&DEVICE_NAMES[..], &self.virtio.names()].concat();
+        if self.tarpit.is_some() {
+            there.push("tarpit");
+        }
         match self
             .placements
             .iter()

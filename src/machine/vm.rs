@@ -4,6 +4,7 @@
 use crate::boot::entry::{self, EntryPoint};
 use crate::boot::layout;
 use crate::devices::shell::InterruptLine;
+use crate::host::bus::MemoryWatch;
 use crate::machine::platform::Platform;
 use crate::machine::supervisor::StartError;
 use crate::machine::{cpuid, memory};
@@ -318,6 +319,7 @@ impl Vm {
             pit,
             frozen: None,
             load: Box::new(load),
+            watch: None,
         })
     }
 
@@ -379,6 +381,15 @@ pub struct VmPlatform {
     /// The clock and the PIT when guest time was stopped.
     frozen: Option<(kvm::kvm_clock_data, Option<kvm::kvm_pit_state2>)>,
     load: Box<Load>,
+    watch: Option<Arc<MemoryWatch>>,
+}
+
+impl VmPlatform {
+    /// The same, with guest memory that is watched.
+    pub fn watched(mut self, watch: MemoryWatch) -> VmPlatform {
+        self.watch = Some(Arc::new(watch));
+        self
+    }
 }
 
 /// After a pause of this length and more the PIT starts its period anew, or KVM would deliver every tick of the pause
@@ -419,6 +430,10 @@ impl Platform for VmPlatform {
         }
         memory::clear(&self.memory).map_err(StartError::Host)?;
         (self.load)(&self.memory).map(Some)
+    }
+
+    fn memory(&self) -> Option<Arc<MemoryWatch>> {
+        self.watch.clone()
     }
 }
 

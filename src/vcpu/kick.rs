@@ -208,7 +208,12 @@ pub fn install_handler() -> std::io::Result<()> {
         }
         let _ = INSTALLED.set(());
     }
-    crate::host::events::unblock(&kick_signals())
+    crate::host::signals::unblock(&kick_signals())
+}
+
+/// Whether the current thread is a vCPU's. Async-signal-safe.
+pub fn is_vcpu_thread() -> bool {
+    !IMMEDIATE_EXIT.get().is_null()
 }
 
 fn on_kick() {

@@ -12,6 +12,7 @@
 //! A RUNNING vCPU alternates between the guest and the handling of its exits, and looks into its mailbox when it
 //! was kicked. A READY or PAUSED one sleeps on its mailbox. What happens to it goes to the machine as [`VcpuNews`].
 
+pub mod activity;
 pub mod backend;
 pub mod debug;
 pub mod exit;
@@ -27,6 +28,7 @@ use crate::actors::{Lifecycle, Rank, RankGuard};
 use crate::boot::EntryPoint;
 use crate::devices::Direction;
 use crate::simulation::{Planted, planted, point, receive};
+use activity::{Activity, ActivityView};
 use backend::{Backend, ResetError, RunError};
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use debug::{Arming, DebugRequest, DebugStop, Mode};
@@ -251,6 +253,7 @@ pub struct Vcpu<B: Backend, D: Bus = RoutingTable> {
     news: NewsSink,
     /// What the debugger wants; nothing, if there is none.
     arming: Arming,
+    activity: Activity,
 }
 
 /// Where a vCPU's news go. Must not wait for long: it is called on the vCPU's thread.
@@ -266,7 +269,13 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
             inbox,
             news,
             arming: Arming::default(),
+            activity: Activity::new(),
         }
+    }
+
+    /// What it is doing, for whoever wants to know while it runs.
+    pub fn activity(&self) -> ActivityView {
+        self.activity.view()
     }
 
     /// The life of a vCPU, on the thread that calls this.
@@ -290,6 +299,7 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
         }
         self.inbox.kick.gone();
         drop(exit);
+        self.activity.ended();
         let unclaimed = self.bus.unclaimed();
         self.tell(VcpuEvent::Stopped(unclaimed));
     }
@@ -311,6 +321,7 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
 
     /// READY, PAUSED, or halted for good: sleeps until a message changes that.
     fn wait(&mut self) -> State {
+        self.activity.asleep();
         loop {
             match receive(&self.inbox.mailbox) {
                 // The debugger may want it to stay where it is while others go on.
@@ -338,6 +349,7 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
                     None => continue,
                 }
             }
+            self.activity.in_guest();
             let outcome = self.backend.run();
             let kicked = self.inbox.kick.leave();
             // After `leave`: no signal for this stay is marked any more. One that is still on its way sets the byte
@@ -392,6 +404,7 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
     /// No access of this vCPU is half done: its posts are handled, and the exit that was handled last is completed
     /// in the guest by a run that may not enter it. [KVM api: immediate_exit]
     fn settle(&mut self) {
+        self.activity.settling();
         if planted(Planted::Unsettled) {
             return;
         }
@@ -413,7 +426,8 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
     #[inline]
     fn handle(&mut self) -> Option<State> {
         // What a discipline holds is held here, from before the exit is looked at until it is served, and no longer.
-        let served = serve(&mut self.backend, self.bus.exited());
+        self.activity.exited();
+        let served = serve(&mut self.backend, self.bus.exited(), &self.activity);
         match served {
             Served::GoOn => None,
             // Without an in-kernel interrupt controller nothing can wake it but a message.
@@ -428,6 +442,7 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
         if self.backend.wakes_from_halt() {
             return None;
         }
+        self.activity.asleep();
         loop {
             match receive(&self.inbox.mailbox) {
                 // The halt is over when the machine says so: it goes on behind the HLT, as after an interrupt.
@@ -483,9 +498,11 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
 /// # Errors
 /// See [`RunError`].
 #[inline]
-pub fn step<B: Backend, D: Bus>(backend: &mut B, bus: &mut D) -> Result<bool, RunError> {
+pub fn step<B: Backend, D: Bus>(backend: &mut B, bus: &mut D, activity: &Activity) -> Result<bool, RunError> {
+    activity.in_guest();
     backend.run()?;
-    Ok(matches!(serve(backend, bus.exited()), Served::GoOn))
+    activity.exited();
+    Ok(matches!(serve(backend, bus.exited(), activity), Served::GoOn))
 }
 
 /// What is left to do after an exit was served.
@@ -498,10 +515,16 @@ enum Served {
 
 /// Looks at the exit and serves it, with whatever the discipline holds.
 #[inline]
-fn serve<B: Backend>(backend: &mut B, mut devices: impl Accesses) -> Served {
+fn serve<B: Backend>(backend: &mut B, mut devices: impl Accesses, activity: &Activity) -> Served {
     match backend.exit() {
-        Exit::Pio(pio) => serve_pio(backend, &mut devices, pio),
-        Exit::Mmio(mmio) => serve_mmio(backend, &mut devices, mmio),
+        Exit::Pio(pio) => {
+            activity.port(&pio);
+            serve_pio(backend, &mut devices, pio)
+        }
+        Exit::Mmio(mmio) => {
+            activity.memory(&mmio);
+            serve_mmio(backend, &mut devices, mmio)
+        }
         // Nothing to inject (no device of ours bypasses the in-kernel controller), nobody to tell.
         Exit::IrqWindowOpen | Exit::Intr | Exit::IoapicEoi { .. } => Served::GoOn,
         Exit::Hlt => Served::Halt,

@@ -1,0 +1,300 @@
+//! The verbs of the control plane, as JSON objects: one request a line, one answer a line. No transport in here.
+//!
+//! ```text
+//!  {"verb": "pause", "id": 7}
+//!  {"id": 7, "ok": {"state": "paused"}}
+//!  {"id": 7, "error": {"kind": "refused", "text": "a machine that is paused cannot be paused"}}
+//! ```
+//!
+//! `id` is the asker's own (a number or a string) and comes back; without one there is none in the answer. Answers come
+//! in the order in which they are known: what only looks does not wait behind what changes something.
+
+use super::observatory::Observatory;
+use crate::actors::PlacementKind;
+use crate::machine::request::{Answer, Command};
+use crate::vcpu::kick::KickHandle;
+use serde_json::{Map, Value, json};
+
+/// The version of this protocol. Another number means that a client of this one may not be understood; new verbs and
+/// new fields do not change it.
+pub const PROTOCOL: u64 = 1;
+
+/// What can be asked for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum Verb {
+    /// What the machine is doing
+    Status,
+    /// Guest and guest time stand still
+    Pause,
+    /// They go on
+    Resume,
+    /// Back to power-on, in place: the guest boots again
+    Reset,
+    /// The machine ends
+    Stop,
+    /// Makes each vCPU look into its mailbox
+    Kick,
+    /// Who waits for whom, on which message, for how long
+    Why,
+    /// All actors, and what is in their mailboxes
+    Actors,
+    /// Counters
+    Metrics,
+}
+
+/// What is to be done about a verb.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Class {
+    /// The answer is read.
+    Look,
+    /// The machine actor is asked.
+    Ask(Command),
+}
+
+impl Verb {
+    /// All of them.
+    pub const ALL: [Verb; 9] = [
+        Verb::Status,
+        Verb::Pause,
+        Verb::Resume,
+        Verb::Reset,
+        Verb::Stop,
+        Verb::Kick,
+        Verb::Why,
+        Verb::Actors,
+        Verb::Metrics,
+    ];
+
+    /// As it is in a request.
+    pub fn name(self) -> &'static str {
+        match self {
+            Verb::Status => "status",
+            Verb::Pause => "pause",
+            Verb::Resume => "resume",
+            Verb::Reset => "reset",
+            Verb::Stop => "stop",
+            Verb::Kick => "kick",
+            Verb::Why => "why",
+            Verb::Actors => "actors",
+            Verb::Metrics => "metrics",
+        }
+    }
+
+    /// Whether it only looks.
+    pub fn class(self) -> Class {
+        match self {
+            Verb::Pause => Class::Ask(Command::Pause),
+            Verb::Resume => Class::Ask(Command::Resume),
+            Verb::Reset => Class::Ask(Command::Reset),
+            Verb::Stop => Class::Ask(Command::Stop),
+            Verb::Status | Verb::Kick | Verb::Why | Verb::Actors | Verb::Metrics => Class::Look,
+        }
+    }
+}
+
+/// The asker's own name for a request; `None` if it gave none.
+pub type Id = Option<Value>;
+
+/// One line, as far as it can be understood.
+///
+/// # Errors
+/// The answer to what cannot.
+pub fn parse(line: &[u8]) -> Result<(Verb, Id), Value> {
+    let malformed = |id: Id, text: String| error(id, "malformed", text);
+    let value: Value = serde_json::from_slice(line)
+        .map_err(|why| malformed(None, format!("a line is one JSON object: {why}")))?;
+    let Value::Object(mut fields) = value else {
+        return Err(malformed(None, "a line is one JSON object".into()));
+    };
+    let id = fields.remove("id");
+    if id
+        .as_ref()
+        .is_some_and(|id| !(id.is_number() || id.is_string() || id.is_null()))
+    {
+        return Err(malformed(None, "an id is a number or a string".into()));
+    }
+    let id = id.filter(|id| !id.is_null());
+    let Some(Value::String(name)) = fields.get("verb") else {
+        return Err(malformed(id, "there is no \"verb\", or it is no string".into()));
+    };
+    match Verb::ALL.into_iter().find(|verb| verb.name() == name) {
+        Some(verb) => Ok((verb, id)),
+        None => {
+            let all = Verb::ALL.map(Verb::name).join(", ");
+            Err(error(
+                id,
+                "unknown-verb",
+                format!("there is no such verb; there are {all}"),
+            ))
+        }
+    }
+}
+
+fn answer(id: Id, key: &str, body: Value) -> Value {
+    let mut fields = Map::new();
+    if let Some(id) = id {
+        fields.insert("id".into(), id);
+    }
+    fields.insert(key.into(), body);
+    Value::Object(fields)
+}
+
+/// It worked.
+pub fn ok(id: Id, body: Value) -> Value {
+    answer(id, "ok", body)
+}
+
+/// It did not. `kind` is for programs, `text` for people.
+pub fn error(id: Id, kind: &str, text: String) -> Value {
+    answer(id, "error", json!({"kind": kind, "text": text}))
+}
+
+/// What the machine actor said.
+pub fn answered(id: Id, said: Answer) -> Value {
+    let kind_of = |kind: &str, text: String| error(id.clone(), kind, text);
+    match said {
+        Answer::Done(state) => ok(id, json!({"state": state.to_string()})),
+        Answer::Refused(refused) => kind_of("refused", refused.to_string()),
+        Answer::Waits(state, whom) => {
+            let text = format!("the machine is {state}; it waits for {}", whom.join(", "));
+            let body = json!({"kind": "waits", "text": text, "state": state.to_string(), "waits": whom});
+            answer(id, "error", body)
+        }
+        Answer::Overtaken(state) => kind_of(
+            "overtaken",
+            format!("somebody asked for something else before it was done; the machine was {state}"),
+        ),
+        Answer::Failed(why) => kind_of("failed", why),
+        Answer::Gone => kind_of(
+            "gone",
+            "the machine ends, or is too busy to take a request".into(),
+        ),
+    }
+}
+
+/// The answer to a verb that only looks.
+pub fn look(verb: Verb, from: &Observatory, kicks: &[KickHandle]) -> Value {
+    match verb {
+        Verb::Why => serde_json::to_value(from.look().graph()).unwrap_or(Value::Null),
+        Verb::Kick => {
+            for kick in kicks {
+                kick.kick();
+            }
+            json!({"vcpus": kicks.len()})
+        }
+        Verb::Actors => actors(from),
+        Verb::Metrics => metrics(from),
+        Verb::Status | Verb::Pause | Verb::Resume | Verb::Reset | Verb::Stop => json!({
+            "state": from.published.state().to_string(),
+            "vcpus": from.vcpus.len(),
+            "dispatch": from.dispatch.to_string(),
+            "resets": from.published.resets(),
+            "guest_time_ns": from.clock.now().0,
+            "uptime_ms": from.begun.elapsed().as_millis() as u64,
+            "pid": std::process::id(),
+            "version": env!("CARGO_PKG_VERSION"),
+            "protocol": PROTOCOL,
+        }),
+    }
+}
+
+fn actors(from: &Observatory) -> Value {
+    let seen = from.look();
+    let machine = json!({"name": "machine", "rank": "supervisor", "doing": seen.state.to_string()});
+    let thread = |rank: &str, seen: &super::why::Seen| json!({"name": seen.name, "rank": rank, "doing": seen.doing.to_string()});
+    let vcpus = seen.vcpus.iter().map(|seen| thread("vcpu", seen));
+    let devices = seen.devices.iter().map(|device| match &device.mailbox {
+        None => json!({"name": device.name, "rank": "device"}),
+        Some(mailbox) => json!({
+            "name": device.name,
+            "rank": "device",
+            "placement": match mailbox.placement {
+                PlacementKind::Handoff => "handoff",
+                PlacementKind::Thread => "thread",
+                PlacementKind::Pool => "pool",
+            },
+            "held": mailbox.held,
+            "asleep": mailbox.asleep,
+            "closed": mailbox.closed,
+            "calls": mailbox.lanes.iter().filter(|lane| lane.call != crate::actors::CallLook::Nothing).count(),
+            "posts": mailbox.lanes.iter().map(|lane| lane.posts).sum::<u32>(),
+        }),
+    });
+    let others = seen.others.iter().map(|seen| thread("backend", seen));
+    let all: Vec<Value> = std::iter::once(machine)
+        .chain(vcpus)
+        .chain(devices)
+        .chain(others)
+        .collect();
+    json!({"actors": all})
+}
+
+fn metrics(from: &Observatory) -> Value {
+    let vcpus = from.vcpus.iter().enumerate();
+    json!({
+        "uptime_ms": from.begun.elapsed().as_millis() as u64,
+        "guest_time_ns": from.clock.now().0,
+        "resets": from.published.resets(),
+        "exits": from.vcpus.iter().map(|vcpu| vcpu.exits()).sum::<u64>(),
+        "vcpus": vcpus
+            .map(|(index, vcpu)| json!({"name": format!("vcpu{index}"), "exits": vcpu.exits()}))
+            .collect::<Vec<_>>(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::state::{Refused, State, Transition};
+
+    #[test]
+    fn requests_are_understood() {
+        for verb in Verb::ALL {
+            let line = format!("{{\"verb\": \"{}\", \"id\": 7, \"later\": []}}", verb.name());
+            assert_eq!(parse(line.as_bytes()), Ok((verb, Some(json!(7)))));
+        }
+        assert_eq!(parse(b"{\"verb\":\"why\"}"), Ok((Verb::Why, None)));
+        assert_eq!(
+            parse(b"{\"verb\":\"why\",\"id\":\"a\"}"),
+            Ok((Verb::Why, Some(json!("a"))))
+        );
+    }
+
+    #[test]
+    fn what_is_not_a_request_is_told_what_is_wrong_and_gets_its_id_back() {
+        for (line, kind, id) in [
+            (&b""[..], "malformed", None),
+            (b"pause", "malformed", None),
+            (b"[]", "malformed", None),
+            (b"{}", "malformed", None),
+            (b"\xff\xfe", "malformed", None),
+            (b"{\"verb\": 1, \"id\": 3}", "malformed", Some(json!(3))),
+            (b"{\"verb\": \"pause\", \"id\": {}}", "malformed", None),
+            (b"{\"verb\": \"fly\", \"id\": 3}", "unknown-verb", Some(json!(3))),
+        ] {
+            let answer = parse(line).unwrap_err();
+            assert_eq!(answer["error"]["kind"], kind, "{line:?}");
+            assert_eq!(answer.get("id").cloned(), id, "{line:?}");
+        }
+        let deep = [b"[".repeat(4000), b"]".repeat(4000)].concat();
+        assert_eq!(parse(&deep).unwrap_err()["error"]["kind"], "malformed");
+    }
+
+    #[test]
+    fn answers_have_kinds() {
+        let refused = Answer::Refused(Refused(State::Paused, Transition::Pause));
+        for (said, kind) in [
+            (refused, "refused"),
+            (Answer::Waits(State::Pausing, vec!["vcpu0".into()]), "waits"),
+            (Answer::Overtaken(State::Running), "overtaken"),
+            (Answer::Failed("why".into()), "failed"),
+            (Answer::Gone, "gone"),
+        ] {
+            assert_eq!(answered(None, said)["error"]["kind"], kind);
+        }
+        assert_eq!(
+            answered(Some(json!(1)), Answer::Done(State::Paused)),
+            json!({"id": 1, "ok": {"state": "paused"}})
+        );
+    }
+}

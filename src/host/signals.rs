@@ -1,0 +1,98 @@
+//! Signals: which end the machine, which ask it something, and what a second one does.
+//!
+//! | signal | what |
+//! |---|---|
+//! | INT, TERM, HUP, QUIT | the machine ends in order; a second one ends the program at once |
+//! | USR1 | what every actor does, into the log |
+//! | TSTP, CONT | the terminal is given back and taken again; see [`super::terminal`] |
+//! | WINCH | nothing: the guest is on a serial line, which has no size |
+//! | PIPE | ignored, as Rust's runtime sets it: a reader that is gone is an error of the write |
+//! | BUS | see [`super::bus`] |
+//!
+//! They arrive at the control thread, which waits for nobody; so they are heard whatever is stuck.
+
+use super::terminal;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
+use signal_hook::iterator::backend::SignalDelivery;
+use signal_hook::iterator::exfiltrator::SignalOnly;
+use std::os::unix::net::UnixStream;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// The signals that end the machine.
+const ENDING: [i32; 4] = [SIGINT, SIGTERM, SIGHUP, SIGQUIT];
+
+/// Where signals arrive.
+pub type Signals = SignalDelivery<UnixStream, SignalOnly>;
+
+/// One of [`ENDING`] has come.
+static ENDS: AtomicBool = AtomicBool::new(false);
+
+/// Starts to collect signals. Before any thread is started that could be killed by one. A hang-up that whoever started
+/// us ignores (nohup) stays ignored.
+///
+/// # Errors
+/// What the host says.
+pub fn collect() -> std::io::Result<Signals> {
+    let (read, write) = UnixStream::pair()?;
+    read.set_nonblocking(true)?;
+    let ending = || {
+        ENDING
+            .into_iter()
+            .filter(|signal| *signal != SIGHUP || !is_ignored(SIGHUP))
+    };
+    let wanted: Vec<i32> = ending().chain([SIGUSR1]).collect();
+    unblock(&wanted)?;
+    ENDS.store(false, Ordering::SeqCst);
+    static SECOND: OnceLock<()> = OnceLock::new();
+    if SECOND.set(()).is_ok() {
+        for signal in ending() {
+            // SAFETY: the handler swaps an atomic, and restores the terminal and ends the process by async-signal-safe
+            // calls; it takes no lock and allocates nothing.
+            unsafe { signal_hook::low_level::register(signal, move || again(signal)) }?;
+        }
+    }
+    SignalDelivery::with_pipe(read, write, SignalOnly, &wanted)
+}
+
+/// Whether a signal ends the machine.
+pub fn ends(signal: i32) -> bool {
+    ENDING.contains(&signal)
+}
+
+/// The first ends the machine by way of its actors; whoever sends another has waited long enough.
+fn again(signal: i32) {
+    if ENDS.swap(true, Ordering::SeqCst) {
+        terminal::restore();
+        signal_hook::low_level::exit(128 + signal);
+    }
+}
+
+/// Lets signals through on this thread, and on those that it starts. A program inherits its mask.
+///
+/// # Errors
+/// What the host says.
+pub fn unblock(signals: &[i32]) -> std::io::Result<()> {
+    // SAFETY: an all-zero set is valid for sigemptyset to overwrite, and each call gets a pointer to it alone.
+    let failed = unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        for signal in signals {
+            libc::sigaddset(&mut set, *signal);
+        }
+        libc::pthread_sigmask(libc::SIG_UNBLOCK, &set, std::ptr::null_mut())
+    };
+    if failed == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::from_raw_os_error(failed))
+    }
+}
+
+fn is_ignored(signal: i32) -> bool {
+    // SAFETY: with a null new action this only fills `now`, which is plain data.
+    unsafe {
+        let mut now: libc::sigaction = std::mem::zeroed();
+        libc::sigaction(signal, std::ptr::null(), &mut now) == 0 && now.sa_sigaction == libc::SIG_IGN
+    }
+}

@@ -1,0 +1,478 @@
+//! `--control` and `actor-vmm ctl`, with the program itself and a guest on this host's KVM: the socket, its clients, and
+//! signals.
+//!
+//! A host without `/dev/kvm` skips all of it and says so; under CI that is a failure. Limits of time are against hangs
+//! only.
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_actor-vmm");
+/// Hang protection.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Whether there is a KVM to test with.
+fn kvm() -> bool {
+    match std::fs::File::options().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => true,
+        Err(error) if std::env::var_os("CI").is_some() => panic!("/dev/kvm cannot be opened: {error}"),
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "SKIPPED: no /dev/kvm ({error})");
+            false
+        }
+    }
+}
+
+/// A directory of one test, gone with the value.
+struct Place(PathBuf);
+
+impl Place {
+    fn new(name: &str) -> Place {
+        let path = std::env::temp_dir().join(format!("actor-vmm-ctl-{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Place(path)
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.0.join("ctl")
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A machine in a process of its own. Killed when it is dropped early.
+struct Machine {
+    child: Child,
+    socket: PathBuf,
+}
+
+impl Machine {
+    fn start(place: &Place, args: &[&str]) -> Machine {
+        let socket = place.socket();
+        let child = Command::new(PROGRAM)
+            .args(["run", "--timeout", "120", "--memory", "16M", "--control"])
+            .arg(&socket)
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(std::fs::File::create(place.0.join("out")).unwrap())
+            .stderr(std::fs::File::create(place.0.join("err")).unwrap())
+            .spawn()
+            .unwrap();
+        let mut machine = Machine { child, socket };
+        machine.wait_until("there is no socket", |machine| {
+            UnixStream::connect(&machine.socket).is_ok()
+        });
+        machine.wait_until("it does not run", |machine| machine.state() == "running");
+        machine
+    }
+
+    #[track_caller]
+    fn wait_until(&mut self, what: &str, mut is: impl FnMut(&mut Machine) -> bool) {
+        let begin = Instant::now();
+        while !is(self) {
+            assert!(begin.elapsed() < LIMIT, "{what}");
+            assert!(self.child.try_wait().unwrap().is_none(), "it has ended; {what}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    fn state(&self) -> String {
+        let status = ctl(&self.socket, &["status", "--json"]);
+        let body: Value = serde_json::from_slice(&status.stdout).unwrap_or_default();
+        body["state"].as_str().unwrap_or("?").to_string()
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
+    }
+
+    #[track_caller]
+    fn end(&mut self) -> Option<i32> {
+        let begin = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code();
+            }
+            assert!(begin.elapsed() < LIMIT, "it does not end");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn ctl(socket: &Path, words: &[&str]) -> Output {
+    Command::new(PROGRAM)
+        .arg("ctl")
+        .arg(socket)
+        .args(words)
+        .output()
+        .unwrap()
+}
+
+#[track_caller]
+fn ctl_ok(socket: &Path, words: &[&str]) -> String {
+    let output = ctl(socket, words);
+    assert!(output.status.success(), "{words:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// A client that speaks for itself.
+struct Client(BufReader<UnixStream>);
+
+impl Client {
+    fn new(socket: &Path) -> Client {
+        let stream = UnixStream::connect(socket).unwrap();
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        Client(BufReader::new(stream))
+    }
+
+    fn say(&mut self, bytes: &[u8]) {
+        self.0.get_mut().write_all(bytes).unwrap();
+    }
+
+    /// The next answer; null at the end.
+    fn hear(&mut self) -> Value {
+        let mut line = String::new();
+        match self.0.read_line(&mut line) {
+            Ok(0) => Value::Null,
+            Ok(_) => serde_json::from_str(&line).unwrap(),
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+fn text(place: &Place, name: &str) -> String {
+    String::from_utf8_lossy(&std::fs::read(place.0.join(name)).unwrap_or_default()).into_owned()
+}
+
+const GUEST: [&str; 4] = ["--guest", "churn", "--cpus", "4"];
+
+#[test]
+fn every_verb_does_what_it_says() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new("verbs");
+    let mut machine = Machine::start(&place, &GUEST);
+    let socket = place.socket();
+    assert_eq!(
+        std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777,
+        0o600
+    );
+    let status = ctl_ok(&socket, &["status"]);
+    assert!(
+        status.contains("state: running") && status.contains("vcpus: 4"),
+        "{status}"
+    );
+    assert_eq!(ctl_ok(&socket, &["kick"]), "vcpus: 4\n");
+    assert_eq!(ctl_ok(&socket, &["pause"]), "state: paused\n");
+    let why = ctl_ok(&socket, &["why"]);
+    assert!(
+        why.contains("the machine is paused") && why.contains("vcpu3: sleeps on its mailbox"),
+        "{why}"
+    );
+    // Guest time stands.
+    let time = |status: &str| {
+        status
+            .lines()
+            .find(|line| line.starts_with("guest_time_ns"))
+            .unwrap()
+            .to_string()
+    };
+    let status = ctl_ok(&socket, &["status"]);
+    assert_eq!(time(&status), time(&ctl_ok(&socket, &["status"])));
+    let refused = ctl(&socket, &["pause"]);
+    assert_eq!(refused.status.code(), Some(4));
+    assert!(
+        String::from_utf8_lossy(&refused.stderr).contains("a machine that is paused cannot be paused"),
+        "{refused:?}"
+    );
+    assert_eq!(ctl_ok(&socket, &["reset"]), "state: paused\n");
+    assert_eq!(ctl_ok(&socket, &["resume"]), "state: running\n");
+    assert_eq!(ctl_ok(&socket, &["reset"]), "state: running\n");
+    let actors = ctl_ok(&socket, &["actors"]);
+    for name in ["machine", "vcpu0", "vcpu3", "serial0", "rtc", "events"] {
+        assert!(
+            actors.lines().any(|line| line.starts_with(name)),
+            "no {name}: {actors}"
+        );
+    }
+    let metrics = ctl_ok(&socket, &["metrics", "--json"]);
+    let metrics: Value = serde_json::from_str(&metrics).unwrap();
+    assert!(
+        metrics["exits"].as_u64().unwrap() > 0 && metrics["resets"] == 2,
+        "{metrics}"
+    );
+    assert_eq!(ctl_ok(&socket, &["stop"]), "state: stopping\n");
+    assert_eq!(machine.end(), Some(20));
+    assert!(!socket.exists());
+    // Nobody is there any more.
+    let gone = ctl(&socket, &["status"]);
+    assert_eq!(gone.status.code(), Some(18));
+    assert!(
+        String::from_utf8_lossy(&gone.stderr).contains("no such socket"),
+        "{gone:?}"
+    );
+}
+
+#[test]
+fn clients_that_are_broken_slow_or_silent_harm_nobody() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new("clients");
+    let mut machine = Machine::start(&place, &["--guest", "churn"]);
+    let socket = place.socket();
+    // Silent ones, more than there is room for; they are kept open.
+    let silent: Vec<_> = (0..40).map(|_| Client::new(&socket)).collect();
+    // One that leaves in the middle, one with garbage, one without an end of its line.
+    Client::new(&socket).say(b"{\"verb\": \"sta");
+    let mut garbage = Client::new(&socket);
+    garbage.say(b"\xff\x00\nnonsense\n{\"verb\": \"fly\", \"id\": \"x\"}\n");
+    assert_eq!(garbage.hear()["error"]["kind"], "malformed");
+    assert_eq!(garbage.hear()["error"]["kind"], "malformed");
+    let answer = garbage.hear();
+    assert_eq!(
+        (&answer["error"]["kind"], &answer["id"]),
+        (&"unknown-verb".into(), &"x".into())
+    );
+    let mut endless = Client::new(&socket);
+    endless.say(&[b'x'; 5000]);
+    assert_eq!(endless.hear()["error"]["kind"], "too-long");
+    assert_eq!(endless.hear(), Value::Null, "it is not hung up on");
+    // One that asks without reading, until it cannot: it holds up itself.
+    let mut deaf = UnixStream::connect(&socket).unwrap();
+    deaf.set_nonblocking(true).unwrap();
+    let request = b"{\"verb\": \"actors\"}\n".repeat(100);
+    let begin = Instant::now();
+    let mut sent = 0;
+    while begin.elapsed() < LIMIT {
+        match deaf.write(&request) {
+            Ok(bytes) => sent += bytes,
+            Err(_) if ctl(&socket, &["status"]).status.success() && deaf.write(&request).is_err() => break,
+            Err(_) => {}
+        }
+    }
+    assert!(
+        begin.elapsed() < LIMIT,
+        "it takes {sent} bytes and more without an end"
+    );
+    // Many requests at once, answered with their ids; the same requests by several clients at once.
+    let mut clients: Vec<_> = (0..4).map(|_| Client::new(&socket)).collect();
+    for client in &mut clients {
+        for id in 0..50 {
+            client.say(format!("{{\"verb\": \"status\", \"id\": {id}}}\n").as_bytes());
+        }
+    }
+    for client in &mut clients {
+        for id in 0..50 {
+            let answer = client.hear();
+            assert_eq!(
+                (&answer["id"], &answer["ok"]["state"]),
+                (&id.into(), &"running".into())
+            );
+        }
+    }
+    // One that has shut down its side still gets its answer.
+    let mut half = Client::new(&socket);
+    half.say(b"{\"verb\": \"status\"}\n");
+    half.0.get_ref().shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(half.hear()["ok"]["state"], "running");
+    assert_eq!(half.hear(), Value::Null);
+    assert_eq!(machine.state(), "running");
+    machine.signal(Signal::SIGTERM);
+    assert_eq!(machine.end(), Some(143));
+    assert!(!socket.exists());
+    drop((silent, deaf));
+}
+
+#[test]
+fn a_killed_machine_leaves_a_name_that_the_next_one_takes_and_a_live_one_keeps_its() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new("stale");
+    let socket = place.socket();
+    let mut first = Machine::start(&place, &["--guest", "spin"]);
+    first.signal(Signal::SIGKILL);
+    assert_eq!(first.end(), None);
+    assert!(socket.exists(), "SIGKILL leaves it, or this tests nothing");
+    let second = Machine::start(&place, &["--guest", "spin"]);
+    // A third one does not get it, and the second keeps it.
+    let third = Command::new(PROGRAM)
+        .args(["run", "--guest", "spin", "--control"])
+        .arg(&socket)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&third.stderr);
+    assert_eq!(third.status.code(), Some(2), "{said}");
+    assert!(said.contains("another program listens there"), "{said}");
+    assert_eq!(second.state(), "running");
+}
+
+#[test]
+fn signals_end_dump_or_do_nothing() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new("signals");
+    for (signal, status) in [
+        (Signal::SIGINT, 130),
+        (Signal::SIGTERM, 143),
+        (Signal::SIGHUP, 129),
+        (Signal::SIGQUIT, 131),
+    ] {
+        let mut machine = Machine::start(&place, &GUEST);
+        for harmless in [Signal::SIGWINCH, Signal::SIGPIPE, Signal::SIGCONT] {
+            machine.signal(harmless);
+        }
+        machine.signal(Signal::SIGUSR1);
+        machine.wait_until("no dump", |_| {
+            let log = text(&place, "err");
+            log.contains("the machine is running") && log.contains("vcpu3: ")
+        });
+        // In a paused machine too.
+        if signal == Signal::SIGINT {
+            ctl_ok(&place.socket(), &["pause"]);
+        }
+        machine.signal(signal);
+        assert_eq!(machine.end(), Some(status));
+        assert!(!place.socket().exists());
+    }
+}
+
+#[test]
+fn a_machine_with_a_stuck_device_is_stopped_by_a_signal_and_why_names_it() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new("tarpit");
+    for end in ["signal", "ctl", "twice"] {
+        let mut machine = Machine::start(&place, &["--guest", "tarpit", "--test-tarpit"]);
+        let socket = place.socket();
+        machine.wait_until("why does not name it", |_| {
+            ctl_ok(&socket, &["why"]).contains("tarpit's turn is run by vcpu0, which came with in 0xf6/1")
+        });
+        match end {
+            "signal" => machine.signal(Signal::SIGTERM),
+            "ctl" => drop(ctl_ok(&socket, &["stop"])),
+            _ => {
+                let waits = ctl(&socket, &["pause"]);
+                assert_eq!(waits.status.code(), Some(4));
+                let said = String::from_utf8_lossy(&waits.stderr);
+                assert!(said.contains("waits for vcpu0 to pause"), "{said}");
+                machine.signal(Signal::SIGTERM);
+                machine.signal(Signal::SIGTERM);
+            }
+        }
+        let status = machine.end();
+        assert_eq!(status, Some(if end == "ctl" { 20 } else { 143 }), "{end}");
+        if end == "signal" {
+            let log = text(&place, "err");
+            assert!(log.contains("device tarpit is stuck in an access"), "{log}");
+        }
+    }
+}
+
+#[test]
+fn a_reset_by_the_guest_reboots_it_in_place_until_somebody_stops_it() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new("reboot");
+    let mut machine = Machine::start(&place, &["--guest", "reset_acpi", "--on-reset", "reset"]);
+    let socket = place.socket();
+    machine.wait_until("it does not reboot", |_| {
+        let status = ctl(&socket, &["status", "--json"]);
+        let body: Value = serde_json::from_slice(&status.stdout).unwrap_or_default();
+        body["resets"].as_u64() >= Some(100)
+    });
+    assert!(ctl(&socket, &["stop"]).status.success());
+    assert_eq!(machine.end(), Some(20));
+}
+
+#[test]
+fn a_signal_during_boot_ends_it_and_leaves_no_socket() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new("boot");
+    // At every moment of a start, from before there is a socket on.
+    for delay_us in (0..40).map(|step| step * 500) {
+        let mut child = Command::new(PROGRAM)
+            .args([
+                "run",
+                "--guest",
+                "churn",
+                "--cpus",
+                "4",
+                "--memory",
+                "16M",
+                "--control",
+            ])
+            .arg(place.socket())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_micros(delay_us));
+        kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
+        let begin = Instant::now();
+        let status = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
+            assert!(begin.elapsed() < LIMIT, "it does not end after {delay_us} us");
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        let mut said = String::new();
+        child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        // Before it listens to signals the default is the same end.
+        use std::os::unix::process::ExitStatusExt;
+        assert!(
+            status.code() == Some(143) || status.signal() == Some(15),
+            "{status:?} after {delay_us} us: {said}"
+        );
+        if status.code() == Some(143) {
+            assert!(!place.socket().exists(), "after {delay_us} us");
+        }
+    }
+}
+
+#[test]
+fn a_sigbus_that_somebody_sends_kills_as_it_does_any_program() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new("bus");
+    let mut machine = Machine::start(&place, &["--guest", "spin"]);
+    machine.signal(Signal::SIGBUS);
+    let begin = Instant::now();
+    let status = loop {
+        if let Some(status) = machine.child.try_wait().unwrap() {
+            break status;
+        }
+        assert!(begin.elapsed() < LIMIT, "it does not end");
+        std::thread::sleep(Duration::from_millis(2));
+    };
+    use std::os::unix::process::ExitStatusExt;
+    assert_eq!(status.signal(), Some(libc::SIGBUS));
+}
