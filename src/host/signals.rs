@@ -43,6 +43,8 @@ pub fn collect() -> std::io::Result<Signals> {
     };
     let wanted: Vec<i32> = ending().chain([SIGUSR1]).collect();
     unblock(&wanted)?;
+    // First the pipe, then the second signal's handler: one that comes in between must be heard, not only counted.
+    let signals = SignalDelivery::with_pipe(read, write, SignalOnly, &wanted)?;
     ENDS.store(false, Ordering::SeqCst);
     static SECOND: OnceLock<()> = OnceLock::new();
     if SECOND.set(()).is_ok() {
@@ -52,7 +54,7 @@ pub fn collect() -> std::io::Result<Signals> {
             unsafe { signal_hook::low_level::register(signal, move || again(signal)) }?;
         }
     }
-    SignalDelivery::with_pipe(read, write, SignalOnly, &wanted)
+    Ok(signals)
 }
 
 /// Whether a signal ends the machine.
