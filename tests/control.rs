@@ -288,7 +288,9 @@ struct Temporary(PathBuf);
 
 impl Temporary {
     fn new(name: &str) -> Temporary {
-        Temporary(std::env::temp_dir().join(format!("actor-vmm-control-{}-{name}", std::process::id())))
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let (process, number) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        Temporary(std::env::temp_dir().join(format!("actor-vmm-control-{process}-{number}-{name}")))
     }
 }
 

@@ -9,6 +9,7 @@
 
 use super::terminal;
 use crate::machine::outcome::status;
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, AtomicU64, AtomicUsize, Ordering};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -96,17 +97,28 @@ impl Drop for MemoryWatch {
     }
 }
 
-fn install() -> std::io::Result<()> {
+/// What SIGBUS did before: Rust's runtime looks for stack overflows there.
+static BEFORE_US: OnceLock<SigAction> = OnceLock::new();
+
+/// By sigaction itself: this handler stays inside for good, and signal-hook's registry waits for all handlers to have
+/// returned whenever one of any signal is taken away.
+fn install() -> nix::Result<()> {
     static INSTALLED: OnceLock<()> = OnceLock::new();
     if INSTALLED.set(()).is_ok() {
+        // On the alternate stack, as the one before: that of the thread may be what is missing.
+        let flags = SaFlags::SA_SIGINFO | SaFlags::SA_ONSTACK;
+        let action = SigAction::new(SigHandler::SigAction(on_bus_error), flags, SigSet::empty());
         // SAFETY: the handler reads and writes atomics and makes async-signal-safe calls only (write, pause, _exit,
-        // tcsetattr); it takes no lock and allocates nothing.
-        unsafe { signal_hook_registry::register_sigaction(libc::SIGBUS, on_bus_error) }?;
+        // tcsetattr, sigaction, raise); it takes no lock and allocates nothing.
+        let before = unsafe { sigaction(Signal::SIGBUS, &action) }?;
+        let _ = BEFORE_US.set(before);
     }
     Ok(())
 }
 
-fn on_bus_error(info: &libc::siginfo_t) {
+extern "C" fn on_bus_error(_: i32, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // SAFETY: SA_SIGINFO: the kernel passes one that lives as long as the handler.
+    let info = unsafe { &*info };
     // SAFETY: SIGBUS fills si_addr where the kernel sends it (si_code above 0); otherwise it is not used.
     let address = unsafe { info.si_addr() }.addr();
     let region = WATCHED.iter().find(|region| {
@@ -118,7 +130,11 @@ fn on_bus_error(info: &libc::siginfo_t) {
     // Somebody's kill, or memory that is not the guest's: as if we were not here.
     let Some(region) = region.filter(|_| info.si_code > 0) else {
         terminal::restore();
-        let _ = signal_hook::low_level::emulate_default_handler(libc::SIGBUS);
+        match BEFORE_US.get().filter(|_| info.si_code > 0) {
+            // SAFETY: puts back what was there. The access is made again then, and that handler sees it.
+            Some(before) => drop(unsafe { sigaction(Signal::SIGBUS, before) }),
+            None => drop(signal_hook::low_level::emulate_default_handler(libc::SIGBUS)),
+        }
         return;
     };
     let guest =
