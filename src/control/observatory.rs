@@ -6,11 +6,11 @@ use crate::clock::Clock;
 use crate::devices::shell::Shell;
 use crate::machine::dispatch::Dispatch;
 use crate::machine::state::State;
-use crate::vcpu::activity::{ActivityView, Doing, Stopwatch};
+use crate::vcpu::activity::{Doing, Watch};
 use crate::vcpu::route::{RouteMap, Target};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What the machine actor publishes.
 pub struct Published {
@@ -86,9 +86,9 @@ pub struct Observatory {
     /// The machine actor's words.
     pub published: Arc<Published>,
     /// Of each vCPU.
-    pub vcpus: Vec<ActivityView>,
+    pub vcpus: Vec<Watch>,
     /// Of the other threads that use devices, by name.
-    pub others: Vec<(String, ActivityView)>,
+    pub others: Vec<(String, Watch)>,
     /// In the order of their numbers.
     pub devices: Vec<WatchedDevice>,
     /// Which address is whose.
@@ -97,54 +97,68 @@ pub struct Observatory {
     pub clock: Clock,
     /// How vCPUs reach devices.
     pub dispatch: Dispatch,
-    /// For times.
-    pub stopwatch: Stopwatch,
     /// When the machine was made.
     pub begun: Instant,
 }
 
 impl Observatory {
+    /// Looks where threads are, so that a later look can tell how long they have been there.
+    pub fn glance(&mut self) {
+        let now = Instant::now();
+        let others = self.others.iter_mut().map(|(_, watch)| watch);
+        for watch in self.vcpus.iter_mut().chain(others) {
+            watch.look(now);
+        }
+    }
+
     /// Looks everywhere.
-    pub fn look(&self) -> Snapshot {
-        let see = |name: String, view: &ActivityView, unanswered| {
-            let (doing, since) = view.look();
+    pub fn look(&mut self) -> Snapshot {
+        let now = Instant::now();
+        let (routes, published) = (&self.routes, &self.published);
+        let see = |name: String, watch: &mut Watch, unanswered| {
+            let sighting = watch.look(now);
             Seen {
                 name,
-                device: self.device_of(doing),
-                doing,
-                age: self.stopwatch.elapsed(since),
-                exits: view.exits(),
+                device: device_of(routes, sighting.doing),
+                doing: sighting.doing,
+                age: sighting.age,
+                exits: sighting.exits,
                 unanswered,
             }
         };
         let count = self.vcpus.len();
-        let vcpus = self.vcpus.iter().enumerate();
-        let others = self.others.iter();
+        let vcpus = self.vcpus.iter_mut().enumerate();
+        let others = self.others.iter_mut();
         let devices = self.devices.iter().enumerate();
         Snapshot {
-            state: self.published.state(),
+            state: published.state(),
             vcpus: vcpus
-                .map(|(index, view)| see(format!("vcpu{index}"), view, self.published.unanswered(index)))
+                .map(|(index, watch)| see(format!("vcpu{index}"), watch, published.unanswered(index)))
                 .collect(),
-            others: others.map(|(name, view)| see(name.clone(), view, None)).collect(),
+            others: others
+                .map(|(name, watch)| see(name.clone(), watch, None))
+                .collect(),
             devices: devices
                 .map(|(index, device)| DeviceSeen {
                     name: device.name.clone(),
                     mailbox: device.address.as_ref().map(Address::look),
-                    unanswered: self.published.unanswered(count + index),
+                    unanswered: published.unanswered(count + index),
                 })
                 .collect(),
         }
     }
+}
 
-    fn device_of(&self, doing: Doing) -> Option<usize> {
-        match doing {
-            Doing::Access { space, address, .. } => match self.routes.search(space, address)?.target {
-                Target::Device { device, .. } => Some(device),
-                Target::Published(_) => None,
-            },
-            Doing::AtDevice(device) => Some(device),
-            _ => None,
-        }
+/// How often the control thread looks, where somebody may ask: what it then says of times is short by this at most.
+pub const GLANCE: Duration = Duration::from_millis(100);
+
+fn device_of(routes: &RouteMap, doing: Doing) -> Option<usize> {
+    match doing {
+        Doing::Access { space, address, .. } => match routes.search(space, address)?.target {
+            Target::Device { device, .. } => Some(device),
+            Target::Published(_) => None,
+        },
+        Doing::AtDevice(device) => Some(device),
+        _ => None,
     }
 }

@@ -8,7 +8,7 @@
 //! not read is not read from, and the one that has been silent longest makes room when there are too many.
 
 use super::lines::{Lines, Next};
-use super::observatory::Observatory;
+use super::observatory::{GLANCE, Observatory};
 use super::socket::ControlSocket;
 use super::verbs::{self, Class, Id};
 use crate::actors::{Rank, RankGuard};
@@ -98,6 +98,7 @@ impl Plane {
                 clients: Vec::new(),
                 next: 0,
                 told_bus: false,
+                glanced: Instant::now(),
             }
             .run();
         })?;
@@ -135,6 +136,8 @@ struct Running {
     /// Number of the next client.
     next: u64,
     told_bus: bool,
+    /// When it was last looked where threads are.
+    glanced: Instant,
 }
 
 impl Drop for Running {
@@ -169,6 +172,7 @@ impl Running {
                 }
             }
             self.wait(until);
+            self.glance();
             self.hear_signals();
             self.give_answers();
             self.accept();
@@ -203,10 +207,9 @@ impl Running {
             }
             polled.push(PollFd::new(client.stream.as_fd(), flags));
         }
-        let limit = until.map_or(PollTimeout::NONE, |until| {
-            let left = until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
-            PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO)
-        });
+        let until = until.unwrap_or(self.glanced + self.glance_every());
+        let left = until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+        let limit = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
         match poll(&mut polled, limit) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => {
@@ -215,6 +218,23 @@ impl Running {
             }
         }
         let _ = self.waker.read();
+    }
+
+    fn glance(&mut self) {
+        let now = Instant::now();
+        if now.saturating_duration_since(self.glanced) >= self.glance_every() {
+            self.glanced = now;
+            self.plane.observatory.glance();
+        }
+    }
+
+    /// Without a socket only USR1 asks how long something has lasted.
+    fn glance_every(&self) -> Duration {
+        if self.plane.socket.is_some() {
+            GLANCE
+        } else {
+            GLANCE * 10
+        }
     }
 
     fn hear_signals(&mut self) {
@@ -318,7 +338,7 @@ impl Running {
         };
         match verb.class() {
             Class::Look => {
-                let body = verbs::look(verb, &self.plane.observatory, &self.plane.kicks);
+                let body = verbs::look(verb, &mut self.plane.observatory, &self.plane.kicks);
                 Some(verbs::ok(id, body).to_string())
             }
             Class::Ask(command) => {

@@ -173,7 +173,7 @@ pub fn answered(id: Id, said: Answer) -> Value {
 }
 
 /// The answer to a verb that only looks.
-pub fn look(verb: Verb, from: &Observatory, kicks: &[KickHandle]) -> Value {
+pub fn look(verb: Verb, from: &mut Observatory, kicks: &[KickHandle]) -> Value {
     match verb {
         Verb::Why => serde_json::to_value(from.look().graph()).unwrap_or(Value::Null),
         Verb::Kick => {
@@ -198,7 +198,7 @@ pub fn look(verb: Verb, from: &Observatory, kicks: &[KickHandle]) -> Value {
     }
 }
 
-fn actors(from: &Observatory) -> Value {
+fn actors(from: &mut Observatory) -> Value {
     let seen = from.look();
     let machine = json!({"name": "machine", "rank": "supervisor", "doing": seen.state.to_string()});
     let thread = |rank: &str, seen: &super::why::Seen| json!({"name": seen.name, "rank": rank, "doing": seen.doing.to_string()});
@@ -229,15 +229,16 @@ fn actors(from: &Observatory) -> Value {
     json!({"actors": all})
 }
 
-fn metrics(from: &Observatory) -> Value {
-    let vcpus = from.vcpus.iter().enumerate();
+fn metrics(from: &mut Observatory) -> Value {
+    let seen = from.look();
+    let vcpus = seen.vcpus.iter();
     json!({
         "uptime_ms": from.begun.elapsed().as_millis() as u64,
         "guest_time_ns": from.clock.now().0,
         "resets": from.published.resets(),
-        "exits": from.vcpus.iter().map(|vcpu| vcpu.exits()).sum::<u64>(),
+        "exits": vcpus.clone().map(|vcpu| vcpu.exits).sum::<u64>(),
         "vcpus": vcpus
-            .map(|(index, vcpu)| json!({"name": format!("vcpu{index}"), "exits": vcpu.exits()}))
+            .map(|vcpu| json!({"name": vcpu.name, "exits": vcpu.exits}))
             .collect::<Vec<_>>(),
     })
 }

@@ -27,7 +27,7 @@ use crate::host::character::Waker;
 use crate::host::console::{self, Console, ConsoleError, ConsoleKind};
 use crate::host::events::{self, CharacterDevice, EventLoop, TimedDevice};
 use crate::host::signals::{self, Signals};
-use crate::vcpu::activity::{Activity, Stopwatch};
+use crate::vcpu::activity::{Activity, Watch};
 use crate::vcpu::backend::Backend;
 use crate::vcpu::kick;
 use crate::virtio::Notify;
@@ -472,7 +472,6 @@ struct Assembly<B> {
 impl<B: Backend + Send + 'static> Assembly<B> {
     fn run<D: Discipline>(self, mut discipline: D) -> Result<Outcome, StartError> {
         let tell = self.sender.clone();
-        let stopwatch = Stopwatch::start();
         let activity = Activity::new();
         let events = activity.view();
         let event_loop = EventLoop {
@@ -517,16 +516,18 @@ impl<B: Backend + Send + 'static> Assembly<B> {
                 let events = std::iter::once(("events".to_string(), events));
                 let messengers = messengers.into_iter().enumerate();
                 let messengers = messengers.map(|(index, view)| (format!("messenger{index}"), view));
+                let others = events
+                    .chain(messengers)
+                    .map(|(name, view)| (name, Watch::new(view)));
                 let (devices, routes) = discipline.watch();
                 let observatory = Observatory {
                     published: self.published,
-                    vcpus: views,
-                    others: events.chain(messengers).collect(),
+                    vcpus: views.into_iter().map(Watch::new).collect(),
+                    others: others.collect(),
                     devices,
                     routes,
                     clock: self.clock,
                     dispatch: self.dispatch,
-                    stopwatch,
                     begun: Instant::now(),
                 };
                 Plane {

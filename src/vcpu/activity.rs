@@ -1,8 +1,8 @@
 //! What a thread that uses devices is doing, published for whoever wants to know while it may be stuck.
 //!
-//! The thread alone writes, to a cache line of its own; a reader may see the words of two moments (the address of one
-//! access with the time of the next), which a second look mends. So publishing costs a few stores that go nowhere and
-//! one read of the time-stamp counter at each exit; no system call, no allocation, no line that anybody else writes.
+//! The thread alone writes, to a cache line of its own. So publishing costs a few stores at each exit; no system call, no
+//! allocation, no line that anybody else writes, and no look at a clock: how long it has been doing the same thing is for
+//! whoever looks to find out, by looking again ([`Watch`]).
 //!
 //! ```text
 //!  word:  63 .. 56   55 54         53         52        51 .. 0
@@ -37,8 +37,6 @@ const ENDED: u64 = 7;
 #[derive(Default)]
 struct Words {
     word: AtomicU64,
-    /// The time-stamp counter when it began.
-    since: AtomicU64,
     /// How many exits there were.
     exits: AtomicU64,
 }
@@ -55,7 +53,7 @@ pub struct ActivityView(Arc<CachePadded<Words>>);
 pub enum Doing {
     /// It has not begun.
     Starting,
-    /// In the guest, as far as it knows. Without a time: entering it is not the moment to look at a clock.
+    /// In the guest, as far as it knows.
     InGuest,
     /// It handles an access of the guest's: the device's turn, or a wait for it.
     Access {
@@ -80,13 +78,6 @@ pub enum Doing {
     Ended,
 }
 
-/// The time-stamp counter. Not ordered with what is around it: a few nanoseconds do not matter here.
-#[inline(always)]
-fn counter() -> u64 {
-    // SAFETY: RDTSC reads and writes no memory, and every x86-64 processor has it.
-    unsafe { std::arch::x86_64::_rdtsc() }
-}
-
 impl Activity {
     /// Of a thread that has not begun.
     pub fn new() -> Activity {
@@ -103,7 +94,6 @@ impl Activity {
     #[inline(always)]
     fn begin(&self, word: u64) {
         self.0.word.store(word, Ordering::Relaxed);
-        self.0.since.store(counter(), Ordering::Relaxed);
     }
 
     /// About to run the guest.
@@ -174,21 +164,59 @@ fn access(address: u64, log2: u32, direction: Direction) -> u64 {
 }
 
 impl ActivityView {
-    /// What the thread is doing, and since which reading of the time-stamp counter.
-    pub fn look(&self) -> (Doing, u64) {
-        loop {
-            let word = self.0.word.load(Ordering::Relaxed);
-            let since = self.0.since.load(Ordering::Relaxed);
-            // One more look, so that the time is not another access's unless that is the same in every bit.
-            if self.0.word.load(Ordering::Relaxed) == word {
-                return (decode(word), since);
-            }
-        }
+    /// What the thread is doing.
+    pub fn look(&self) -> Doing {
+        decode(self.0.word.load(Ordering::Relaxed))
     }
 
     /// How many exits there were.
     pub fn exits(&self) -> u64 {
         self.0.exits.load(Ordering::Relaxed)
+    }
+}
+
+/// How long a thread has been at the same thing, as far as somebody who looks now and then can tell.
+pub struct Watch {
+    view: ActivityView,
+    /// What was seen last: the words, and when they were first seen so.
+    seen: (u64, u64),
+    since: Instant,
+}
+
+/// What a [`Watch`] tells.
+#[derive(Clone, Copy, Debug)]
+pub struct Sighting {
+    /// What it does.
+    pub doing: Doing,
+    /// For how long at least. It may be longer by the time between two looks.
+    pub age: Duration,
+    /// How many exits there were.
+    pub exits: u64,
+}
+
+impl Watch {
+    /// From now on.
+    pub fn new(view: ActivityView) -> Watch {
+        Watch {
+            view,
+            seen: (0, 0),
+            since: Instant::now(),
+        }
+    }
+
+    /// Looks. The same access that was made again counts as another.
+    pub fn look(&mut self, now: Instant) -> Sighting {
+        let exits = self.view.exits();
+        let word = self.view.0.word.load(Ordering::Relaxed);
+        if self.seen != (word, exits) {
+            self.seen = (word, exits);
+            self.since = now;
+        }
+        Sighting {
+            doing: decode(word),
+            age: now.saturating_duration_since(self.since),
+            exits,
+        }
     }
 }
 
@@ -242,35 +270,6 @@ impl fmt::Display for Doing {
     }
 }
 
-/// What the time-stamp counter says in time, by the host's clock. The longer ago it was made, the better it is.
-#[derive(Clone, Copy)]
-pub struct Stopwatch {
-    clock: Instant,
-    counter: u64,
-}
-
-impl Stopwatch {
-    /// Starts.
-    pub fn start() -> Stopwatch {
-        Stopwatch {
-            clock: Instant::now(),
-            counter: counter(),
-        }
-    }
-
-    /// How long ago the counter was at `since`. Zero for what it cannot tell (a counter that went back).
-    pub fn elapsed(&self, since: u64) -> Duration {
-        let now = counter();
-        let whole = now.saturating_sub(self.counter);
-        let part = now.saturating_sub(since);
-        if whole == 0 {
-            return Duration::ZERO;
-        }
-        let ns = self.clock.elapsed().as_nanos() as f64 * (part as f64 / whole as f64);
-        Duration::from_nanos(ns as u64)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -279,9 +278,9 @@ mod tests {
     fn what_is_published_is_what_is_read() {
         let activity = Activity::new();
         let view = activity.view();
-        assert_eq!(view.look().0, Doing::Starting);
+        assert_eq!(view.look(), Doing::Starting);
         activity.in_guest();
-        assert_eq!(view.look().0, Doing::InGuest);
+        assert_eq!(view.look(), Doing::InGuest);
         for (port, width, direction) in [
             (0, Width::Byte, Direction::Read),
             (0xffff, Width::Dword, Direction::Write),
@@ -299,7 +298,7 @@ mod tests {
                 width,
                 direction,
             };
-            assert_eq!(view.look().0, expected);
+            assert_eq!(view.look(), expected);
         }
         for (length, width) in [
             (1, Width::Byte),
@@ -319,23 +318,35 @@ mod tests {
                 width,
                 direction: Direction::Write,
             };
-            assert_eq!(view.look().0, expected);
+            assert_eq!(view.look(), expected);
         }
         activity.at_device(7);
-        assert_eq!(view.look().0, Doing::AtDevice(7));
+        assert_eq!(view.look(), Doing::AtDevice(7));
         assert_eq!(view.exits(), 0);
         activity.exited();
-        assert_eq!((view.look().0, view.exits()), (Doing::OtherExit, 1));
+        assert_eq!((view.look(), view.exits()), (Doing::OtherExit, 1));
     }
 
     #[test]
-    fn the_counter_is_told_as_time() {
-        let watch = Stopwatch::start();
-        let (since, clock) = (counter(), Instant::now());
-        while clock.elapsed() < Duration::from_millis(50) {}
-        let (told, real) = (watch.elapsed(since), clock.elapsed());
-        let ratio = told.as_secs_f64() / real.as_secs_f64();
-        assert!((0.5..2.0).contains(&ratio), "{told:?} for {real:?}");
-        assert_eq!(watch.elapsed(u64::MAX), Duration::ZERO);
+    fn a_watch_tells_how_long_the_same_thing_lasts() {
+        let activity = Activity::new();
+        let mut watch = Watch::new(activity.view());
+        let begin = watch.since;
+        let at = |ms| begin + Duration::from_millis(ms);
+        activity.exited();
+        activity.at_device(3);
+        assert_eq!(watch.look(at(100)).age, Duration::ZERO);
+        let later = watch.look(at(250));
+        assert_eq!(
+            (later.doing, later.age),
+            (Doing::AtDevice(3), Duration::from_millis(150))
+        );
+        // The same again is another one.
+        activity.exited();
+        activity.at_device(3);
+        assert_eq!(watch.look(at(300)).age, Duration::ZERO);
+        assert_eq!(watch.look(at(301)).exits, 2);
+        // A clock that goes back.
+        assert_eq!(watch.look(at(0)).age, Duration::ZERO);
     }
 }
