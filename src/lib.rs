@@ -5,6 +5,7 @@
 //! * [`actors`]: the runtime. Typed addresses, mailboxes with a run token, placements, ranks, lifecycle.
 //! * [`vcpu`]: the vCPU actors. Exits, routing, the kick, the KVM and the scripted backend.
 //! * [`devices`]: the devices, each a pure state machine, and the one shell that makes an actor of any of them.
+//! * [`pci`]: a bus. Configuration spaces, who answers where, MSI-X.
 //! * [`virtio`]: disks and the like. Register sides are devices; each queue is an actor with a thread.
 //! * [`baselines`]: the locks that the actors are compared with; the only place where lock types may be.
 //! * [`bench`]: what the actors are worth against the baselines, measured.
@@ -28,6 +29,7 @@ pub mod gdb;
 pub mod guests;
 pub mod host;
 pub mod machine;
+pub mod pci;
 pub(crate) mod simulation;
 pub mod thread;
 pub mod vcpu;

@@ -10,6 +10,8 @@ use actor_vmm::devices::acpi_pm::PmTimer;
 use actor_vmm::devices::shell::{DeviceMessage, Shell, Surroundings};
 use actor_vmm::devices::uart16550::Uart16550;
 use actor_vmm::devices::{Access, AccessClass, Context, Device, Width};
+use actor_vmm::pci::decode::{Bus, DataPorts, Functions, Window};
+use actor_vmm::pci::host_bridge::HostBridge;
 use actor_vmm::vcpu::route::{Accesses, Route, RoutingTable, Space, Target};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
@@ -191,9 +193,13 @@ mod at {
     pub const ASKED: u16 = 0x100;
     /// A register: writes are posts.
     pub const POSTED: u16 = 0x110;
+    /// Where a bus passes accesses on.
+    pub const WINDOW: u64 = 0xc000_0000;
+    /// A function's BAR there.
+    pub const BAR: u64 = WINDOW + 0x3000;
 }
 
-/// A vCPU's table with two registers, a serial port and the PM timer.
+/// A vCPU's table with two registers, a serial port, the PM timer and a PCI bus.
 fn table(clock: &Clock) -> RoutingTable {
     let mut table = RoutingTable::new(clock.clone(), Logger::root(Discard, o!()));
     let mut add = |device, start: u16, length: u64, class: fn() -> AccessClass| {
@@ -225,7 +231,74 @@ fn table(clock: &Clock) -> RoutingTable {
         target: Target::Published(Arc::new(PmTimer::new())),
     };
     table.insert(Space::Pio, timer).unwrap();
+    add_bus(&mut table, clock);
     table
+}
+
+/// A bus with its bridge, and a register as the function in slot 1.
+fn add_bus(table: &mut RoutingTable, clock: &Clock) {
+    const BAR_BYTES: u64 = 0x1000;
+    let bus = Bus::new([at::WINDOW..at::WINDOW + 0x1_0000, 0..0]);
+    let mut connect = |device| {
+        let spawned = spawn(device, clock, Placement::Handoff);
+        table.connect(spawned.address.connect().unwrap())
+    };
+    let bridge = connect(Box::new(HostBridge::new(bus.clone())));
+    let function = connect(Box::new(Register(0)));
+    assert!(bus.bar(1, BAR_BYTES).publish(Some(at::BAR)).is_some());
+    let functions = Functions {
+        bridge,
+        others: vec![(1, function, BAR_BYTES)],
+    };
+    let data = DataPorts {
+        bus: bus.clone(),
+        functions: functions.clone(),
+    };
+    let window = Window {
+        bus,
+        functions,
+        start: at::WINDOW,
+    };
+    let to_bridge = Target::Device {
+        device: bridge,
+        classify: |_, _| AccessClass::Ask,
+    };
+    for (space, start, bytes, target) in [
+        (Space::Pio, io::PCI_CONFIG.into(), 4, to_bridge),
+        (
+            Space::Pio,
+            io::PCI_CONFIG_DATA.into(),
+            4,
+            Target::Decoded(Arc::new(data)),
+        ),
+        (
+            Space::Mmio,
+            at::WINDOW,
+            0x1_0000,
+            Target::Decoded(Arc::new(window)),
+        ),
+    ] {
+        let route = Route {
+            start,
+            last: start + bytes - 1,
+            base: 0,
+            target,
+        };
+        table.insert(space, route).unwrap();
+    }
+}
+
+/// A function's configuration space by mechanism #1, and its BAR.
+fn access_bus(table: &mut RoutingTable) -> bool {
+    (0..ROUNDS).all(|round| {
+        table.port_out(io::PCI_CONFIG, Width::Dword, 0x8000_0810);
+        table.port_out(io::PCI_CONFIG_DATA, Width::Dword, round);
+        let config = table.port_in(io::PCI_CONFIG_DATA, Width::Dword);
+        let mut bar = [0; 4];
+        table.store(at::BAR + 4, &(round as u32 + 1).to_le_bytes());
+        table.load(at::BAR + 8, &mut bar);
+        (config, u64::from(u32::from_le_bytes(bar))) == (round, round + 1)
+    })
 }
 
 /// Asks, posts, and posts followed by an ask to another device (a fence between them).
@@ -290,6 +363,7 @@ fn an_idle_ask_and_post_make_no_allocation() {
     assert_eq!(allocations(|| assert!(access_port(&mut port))), 0);
     assert_eq!(allocations(|| assert!(access_devices(&mut table))), 0);
     assert_eq!(allocations(|| assert!(access_timer(&mut table))), 0);
+    assert_eq!(allocations(|| assert!(access_bus(&mut table))), 0);
 }
 
 #[test]
@@ -306,6 +380,7 @@ fn an_idle_ask_and_post_make_no_system_call() {
         Verdict::Clean
     );
     assert_eq!(without_system_calls(|| access_timer(&mut table)), Verdict::Clean);
+    assert_eq!(without_system_calls(|| access_bus(&mut table)), Verdict::Clean);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use crate::clock::Clock;
 use crate::devices::shell::{DeviceMessage, Shell};
 use crate::devices::{Direction, Width};
 use crate::host::events::{Deliver, Gate};
-use crate::vcpu::route::{Accesses, Bus, RouteMap, Space, Target, Unclaimed};
+use crate::vcpu::route::{Accesses, Bus, Hit, RouteMap, Space, Unclaimed};
 use slog::Logger;
 use std::sync::Arc;
 
@@ -77,14 +77,13 @@ impl<'a, M: Mutex<Machine>> Accesses for Held<'a, M> {
             routes,
             clock,
         } = &mut *self.machine;
-        let Some(route) = routes.find(space, address) else {
+        let Some(hit) = routes.find(space, address, width) else {
             self.unclaimed.note(space, address, width, Direction::Read);
             return width.all_ones();
         };
-        let access = route.access(address, width);
-        let value = match &route.target {
-            Target::Device { device, .. } => devices[*device].handle(DeviceMessage::Read(access)),
-            Target::Published(word) => word.read(access, clock),
+        let value = match hit {
+            Hit::Device { device, access, .. } => devices[device].handle(DeviceMessage::Read(access)),
+            Hit::Published(word, access) => word.read(access, clock),
         };
         value & width.all_ones()
     }
@@ -92,12 +91,11 @@ impl<'a, M: Mutex<Machine>> Accesses for Held<'a, M> {
     #[inline]
     fn write(&mut self, space: Space, address: u64, width: Width, value: u64) {
         let Machine { devices, routes, .. } = &mut *self.machine;
-        let Some(route) = routes.find(space, address) else {
+        let Some(hit) = routes.find(space, address, width) else {
             self.unclaimed.note(space, address, width, Direction::Write);
             return;
         };
-        let access = route.access(address, width);
-        if let Target::Device { device, .. } = route.target {
+        if let Hit::Device { device, access, .. } = hit {
             devices[device].handle(DeviceMessage::Write(access, value & width.all_ones()));
         }
     }

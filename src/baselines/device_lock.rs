@@ -7,7 +7,7 @@ use crate::clock::Clock;
 use crate::devices::shell::{DeviceMessage, Shell};
 use crate::devices::{Direction, Width};
 use crate::host::events::{Deliver, Gate};
-use crate::vcpu::route::{Accesses, Bus, RouteMap, Space, Target, Unclaimed};
+use crate::vcpu::route::{Accesses, Bus, Hit, RouteMap, Space, Unclaimed};
 use slog::Logger;
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -66,16 +66,15 @@ impl<M: Mutex<Shell>> Accesses for DeviceLockBus<M> {
     fn read(&mut self, space: Space, address: u64, width: Width) -> u64 {
         let shared = &*self.shared;
         let routes = shared.routes.read().unwrap_or_else(PoisonError::into_inner);
-        let Some(route) = routes.search(space, address) else {
+        let Some(hit) = routes.search(space, address, width) else {
             self.unclaimed.note(space, address, width, Direction::Read);
             return width.all_ones();
         };
-        let access = route.access(address, width);
-        let value = match &route.target {
-            Target::Device { device, .. } => {
-                shared.devices[*device].lock().handle(DeviceMessage::Read(access))
+        let value = match hit {
+            Hit::Device { device, access, .. } => {
+                shared.devices[device].lock().handle(DeviceMessage::Read(access))
             }
-            Target::Published(word) => word.read(access, &shared.clock),
+            Hit::Published(word, access) => word.read(access, &shared.clock),
         };
         value & width.all_ones()
     }
@@ -84,12 +83,11 @@ impl<M: Mutex<Shell>> Accesses for DeviceLockBus<M> {
     fn write(&mut self, space: Space, address: u64, width: Width, value: u64) {
         let shared = &*self.shared;
         let routes = shared.routes.read().unwrap_or_else(PoisonError::into_inner);
-        let Some(route) = routes.search(space, address) else {
+        let Some(hit) = routes.search(space, address, width) else {
             self.unclaimed.note(space, address, width, Direction::Write);
             return;
         };
-        let access = route.access(address, width);
-        if let Target::Device { device, .. } = route.target {
+        if let Hit::Device { device, access, .. } = hit {
             shared.devices[device]
                 .lock()
                 .handle(DeviceMessage::Write(access, value & width.all_ones()));

@@ -5,11 +5,12 @@
 //! 0x0000_000a_0000  hole: VGA and option ROMs (not RAM)
 //! 0x0000_000e_0000  ACPI tables (RSDP first), reserved in the E820 map
 //! 0x0000_0010_0000  RAM: kernels from 1 MiB up, the initrd at the top of RAM below the hole
-//! 0x0000_c000_0000  PCI hole: RAM that does not fit below continues at 4 GiB
+//! 0x0000_c000_0000  PCI hole: RAM that does not fit below continues at 4 GiB; first a window for BARs (--transport pci)
+//! 0x0000_e000_0000  PCI configuration spaces, ECAM of bus 0 (--transport pci)
 //! 0x0000_feb0_0000  virtio-mmio devices, a page each
 //! 0x0000_fec0_0000  IOAPIC
 //! 0x0000_fee0_0000  local APICs
-//! 0x0001_0000_0000  RAM above 4 GiB
+//! 0x0001_0000_0000  RAM above 4 GiB, then at a multiple of 4 GiB a window for BARs (--transport pci)
 //! ```
 
 /// Boot GDT.
@@ -45,9 +46,25 @@ pub const PCI_HOLE: u64 = 0xc000_0000;
 pub const RAM_ABOVE_4G: u64 = 0x1_0000_0000;
 /// The first virtio-mmio device; the next follow, [`crate::virtio::mmio::WINDOW_BYTES`] each.
 pub const VIRTIO_MMIO: u64 = 0xfeb0_0000;
-/// The interrupts of virtio devices, by their places: those of the I/O APIC that no PC has, then those of ISA that
+/// The first interrupt behind those of the I/O APIC: from here on they are messages.
+pub const FIRST_MESSAGE_GSI: u32 = 24;
+/// The interrupts of virtio devices, by their places, and of the pins of PCI slots from 1 on: those of the I/O APIC that no PC has, then those of ISA that
 /// nothing here uses.
 pub const VIRTIO_GSIS: [u32; 16] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 10, 11, 12, 14, 15];
+/// ECAM of PCI bus 0.
+pub const ECAM: u64 = 0xe000_0000;
+/// Addresses below 4 GiB for BARs.
+pub const PCI_WINDOW_32: std::ops::Range<u64> = PCI_HOLE..ECAM;
+/// How many addresses there are for BARs above 4 GiB, bytes.
+const PCI_WINDOW_64_BYTES: u64 = 4 << 30;
+
+/// Addresses above 4 GiB for BARs, in a machine with so much RAM: behind it.
+pub fn pci_window_64(memory_bytes: u64) -> std::ops::Range<u64> {
+    let above = memory_bytes.saturating_sub(PCI_HOLE);
+    let start = (RAM_ABOVE_4G + above).next_multiple_of(PCI_WINDOW_64_BYTES);
+    start..start + PCI_WINDOW_64_BYTES
+}
+
 /// I/O APIC.
 pub const IOAPIC: u64 = 0xfec0_0000;
 /// Local APIC.
@@ -93,4 +110,6 @@ pub mod io {
     pub const DELAY: u16 = 0xea0;
     /// PCI configuration mechanism #1: address at +0, data at +4.
     pub const PCI_CONFIG: u16 = 0xcf8;
+    /// Its data.
+    pub const PCI_CONFIG_DATA: u16 = 0xcfc;
 }

@@ -7,7 +7,7 @@ use crate::devices::shell::Shell;
 use crate::machine::dispatch::Dispatch;
 use crate::machine::state::State;
 use crate::vcpu::activity::{Doing, Watch};
-use crate::vcpu::route::{RouteMap, Target};
+use crate::vcpu::route::{Hit, RouteMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -154,9 +154,15 @@ pub const GLANCE: Duration = Duration::from_millis(100);
 
 fn device_of(routes: &RouteMap, doing: Doing) -> Option<usize> {
     match doing {
-        Doing::Access { space, address, .. } => match routes.search(space, address)?.target {
-            Target::Device { device, .. } => Some(device),
-            Target::Published(_) => None,
+        // On a bus: who answers there now. The guest may have moved it since.
+        Doing::Access {
+            space,
+            address,
+            width,
+            ..
+        } => match routes.search(space, address, width)? {
+            Hit::Device { device, .. } => Some(device),
+            Hit::Published(..) => None,
         },
         Doing::AtDevice(device) => Some(device),
         _ => None,

@@ -38,6 +38,29 @@ pub enum Target {
     },
     /// A word that its owner publishes: read in place, no message. Writes are ignored.
     Published(Arc<dyn Published>),
+    /// Which device it is is found out at each access, from words that are published: a bus whose devices move.
+    Decoded(Arc<dyn Decode>),
+}
+
+/// Finds out who answers for a part of a range. Every access to it is an ask.
+pub trait Decode: Send + Sync {
+    /// The device's number, and what it sees of an access that counts from the start of the range.
+    fn decode(&self, access: Access) -> Option<(usize, Access)>;
+}
+
+/// Where an access goes.
+pub enum Hit<'a> {
+    /// To a device.
+    Device {
+        /// Its number.
+        device: usize,
+        /// How it may be sent.
+        classify: Classify,
+        /// What the device sees.
+        access: Access,
+    },
+    /// To a word.
+    Published(&'a Arc<dyn Published>, Access),
 }
 
 /// A range of a space and who answers for it.
@@ -60,6 +83,25 @@ impl Route {
         Access {
             offset: address - self.start + self.base,
             width,
+        }
+    }
+
+    /// Where an access to `address`, which is in this range, goes; `None`: nobody answers.
+    #[inline]
+    pub fn hit(&self, address: u64, width: Width) -> Option<Hit<'_>> {
+        let access = self.access(address, width);
+        match &self.target {
+            Target::Device { device, classify } => Some(Hit::Device {
+                device: *device,
+                classify: *classify,
+                access,
+            }),
+            Target::Published(word) => Some(Hit::Published(word, access)),
+            Target::Decoded(bus) => bus.decode(access).map(|(device, access)| Hit::Device {
+                device,
+                classify: |_, _| AccessClass::Ask,
+                access,
+            }),
         }
     }
 }
@@ -246,22 +288,25 @@ impl RouteMap {
         }
     }
 
-    /// The route of an address, by search alone.
-    pub fn search(&self, space: Space, address: u64) -> Option<&Route> {
+    /// Where an access goes, by search alone.
+    pub fn search(&self, space: Space, address: u64, width: Width) -> Option<Hit<'_>> {
         let routes = match space {
             Space::Pio => &self.pio,
             Space::Mmio => &self.mmio,
         };
-        routes.search(address).map(|at| &routes.sorted[at])
+        routes
+            .search(address)
+            .and_then(|at| routes.sorted[at].hit(address, width))
     }
 
-    /// The same, remembering the last one: most accesses go where the one before went.
+    /// The same, remembering the last route: most accesses go where the one before went.
     #[inline]
-    pub fn find(&mut self, space: Space, address: u64) -> Option<&Route> {
-        match space {
+    pub fn find(&mut self, space: Space, address: u64, width: Width) -> Option<Hit<'_>> {
+        let route = match space {
             Space::Pio => self.pio.find(address),
             Space::Mmio => self.mmio.find(address),
-        }
+        };
+        route?.hit(address, width)
     }
 }
 
@@ -324,14 +369,12 @@ impl<R: Reach> RoutingTable<R> {
 impl<R: Reach> Accesses for RoutingTable<R> {
     #[inline]
     fn read(&mut self, space: Space, address: u64, width: Width) -> u64 {
-        let Some(route) = self.routes.find(space, address) else {
+        let Some(hit) = self.routes.find(space, address, width) else {
             self.unclaimed.note(space, address, width, Direction::Read);
             return width.all_ones();
         };
-        let access = route.access(address, width);
-        match &route.target {
-            Target::Device { device, .. } => {
-                let device = *device;
+        match hit {
+            Hit::Device { device, access, .. } => {
                 self.order(device);
                 // A dead device drives nothing.
                 self.reach
@@ -339,7 +382,7 @@ impl<R: Reach> Accesses for RoutingTable<R> {
                     .map_or(width.all_ones(), |value| value & width.all_ones())
             }
             // No message, no count of references: nothing shared is written. Posts come first here too.
-            Target::Published(word) => {
+            Hit::Published(word, access) => {
                 if let Some(posted) = self.posted.take() {
                     self.reach.fence(posted);
                 }
@@ -350,12 +393,16 @@ impl<R: Reach> Accesses for RoutingTable<R> {
 
     #[inline]
     fn write(&mut self, space: Space, address: u64, width: Width, value: u64) {
-        let Some(route) = self.routes.find(space, address) else {
+        let Some(hit) = self.routes.find(space, address, width) else {
             self.unclaimed.note(space, address, width, Direction::Write);
             return;
         };
-        let access = route.access(address, width);
-        let Target::Device { device, classify } = route.target else {
+        let Hit::Device {
+            device,
+            classify,
+            access,
+        } = hit
+        else {
             return;
         };
         self.order(device);
