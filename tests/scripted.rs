@@ -6,7 +6,7 @@ use actor_vmm::clock::Clock;
 use actor_vmm::devices::shell::{InterruptLine, Shell, Surroundings};
 use actor_vmm::devices::{Access, AccessClass, Context, Device, Width};
 use actor_vmm::host::console::ConsoleKind;
-use actor_vmm::machine::chipset::{DEVICE_NAMES, Lines};
+use actor_vmm::machine::chipset::{Lines, device_names};
 use actor_vmm::machine::dispatch::Dispatch;
 use actor_vmm::machine::memory::{Backing, MIN_BYTES, MemoryConfig};
 use actor_vmm::machine::outcome::Outcome;
@@ -454,7 +454,7 @@ fn placements_and_disciplines_cannot_be_told_apart() {
         out f4 1 2a
     ";
     let mut values = None;
-    for (kind, given) in ways(&DEVICE_NAMES) {
+    for (kind, given) in ways(&device_names(Default::default())) {
         let (ran, seen) = run_given(&[script], &given);
         assert!(
             matches!(ran.outcome, Outcome::GuestExit(0x2a)),

@@ -3,7 +3,7 @@
 
 use actor_vmm::actors::PlacementKind;
 use actor_vmm::boot::EntryPoint;
-use actor_vmm::boot::layout::VIRTIO_MMIO;
+use actor_vmm::boot::layout::{ECAM, PCI_WINDOW_32, VIRTIO_MMIO};
 use actor_vmm::devices::Width;
 use actor_vmm::host::console::ConsoleKind;
 use actor_vmm::machine::dispatch::Dispatch;
@@ -14,8 +14,8 @@ use actor_vmm::machine::request::{Answer, Command, Inbox, MachineAddress};
 use actor_vmm::machine::state::State;
 use actor_vmm::machine::supervisor::{self, Guest, MachineConfig, StartError, Unwired, Virtio};
 use actor_vmm::vcpu::scripted::{ScriptedBackend, Source, Step};
-use actor_vmm::virtio::Notify;
 use actor_vmm::virtio::config::VirtioConfig;
+use actor_vmm::virtio::{Notify, Transport};
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
 use slog::{Logger, o};
 use std::path::PathBuf;
@@ -153,21 +153,41 @@ impl Machine {
         }
     }
 
-    fn read(&self, address: u64) -> u32 {
+    fn read(&self, address: u64, length: u8) -> u32 {
         let step = Step::Read {
             address,
-            length: 4,
+            length,
             expect: None,
         };
         self.steps.send(step).unwrap();
         self.seen.recv_timeout(LIMIT).unwrap() as u32
     }
 
-    fn write(&self, address: u64, value: u32) {
+    fn write(&self, address: u64, length: u8, value: u32) {
         let step = Step::Write {
             address,
-            length: 4,
+            length,
             value: value.into(),
+        };
+        self.steps.send(step).unwrap();
+    }
+
+    fn port_in(&self, port: u16) -> u32 {
+        let step = Step::In {
+            port,
+            width: Width::Dword,
+            count: 1,
+            expect: None,
+        };
+        self.steps.send(step).unwrap();
+        self.seen.recv_timeout(LIMIT).unwrap() as u32
+    }
+
+    fn port_out(&self, port: u16, value: u32) {
+        let step = Step::Out {
+            port,
+            width: Width::Dword,
+            values: vec![value],
         };
         self.steps.send(step).unwrap();
     }
@@ -187,6 +207,9 @@ impl Machine {
 /// A driver for the device in a place. Rings are at fixed addresses for each.
 struct Driver<'a> {
     machine: &'a Machine,
+    transport: Transport,
+    /// The function's configuration space, by virtio-pci.
+    config: u64,
     registers: u64,
     rings: u64,
     offered: u16,
@@ -195,49 +218,103 @@ struct Driver<'a> {
 const FEATURES_OK: u32 = 0xb;
 const DRIVER_OK: u32 = 0xf;
 
+/// What is where in a function's BAR.
+const ISR: u64 = 0x1000;
+const NOTIFY: u64 = 0x3000;
+
 impl<'a> Driver<'a> {
-    fn new(machine: &'a Machine, place: u64) -> Driver<'a> {
-        Driver {
+    fn new(machine: &'a Machine, transport: Transport, place: u64) -> Driver<'a> {
+        let mut driver = Driver {
             machine,
+            transport,
+            config: ECAM + ((place + 1) << 15),
             registers: VIRTIO_MMIO + place * 0x1000,
             rings: 0x10_0000 + place * 0x10_0000,
             offered: 0,
+        };
+        if transport == Transport::Pci {
+            driver.switch_on();
+        }
+        driver
+    }
+
+    /// Finds the BAR, and has the function answer there and access memory.
+    fn switch_on(&mut self) {
+        let half = |register| u64::from(self.machine.read(self.config + register, 4));
+        self.registers = (half(0x14) << 32 | half(0x10)) & !0xf;
+        self.machine.write(self.config + 4, 2, 6);
+    }
+
+    fn is_pci(&self) -> bool {
+        self.transport == Transport::Pci
+    }
+
+    fn get(&self, register: u64, length: u8) -> u32 {
+        self.machine.read(self.registers + register, length)
+    }
+
+    fn set(&self, register: u64, length: u8, value: u32) {
+        self.machine.write(self.registers + register, length, value);
+    }
+
+    fn device_type(&self) -> u32 {
+        match self.transport {
+            Transport::Mmio => self.get(8, 4),
+            Transport::Pci => self.machine.read(self.config + 2, 2) - 0x1040,
         }
     }
 
-    fn get(&self, register: u64) -> u32 {
-        self.machine.read(self.registers + register)
+    fn status(&self) -> u32 {
+        match self.transport {
+            Transport::Mmio => self.get(0x70, 4),
+            Transport::Pci => self.get(0x14, 1),
+        }
     }
 
-    fn set(&self, register: u64, value: u32) {
-        self.machine.write(self.registers + register, value);
+    fn set_status(&self, status: u32) {
+        match self.transport {
+            Transport::Mmio => self.set(0x70, 4, status),
+            Transport::Pci => self.set(0x14, 1, status),
+        }
     }
 
     /// Resets, negotiates VIRTIO_F_VERSION_1 alone, and starts queue 0 of 8 descriptors.
     fn start(&mut self) {
-        self.set(0x70, 0);
-        assert_eq!(self.get(0x70), 0);
+        self.set_status(0);
+        assert_eq!(self.status(), 0);
         let zeroes = [0; 0x3000];
         self.machine
             .memory
             .write_slice(&zeroes, GuestAddress(self.rings))
             .unwrap();
         self.offered = 0;
-        self.set(0x70, 1);
-        self.set(0x70, 3);
-        self.set(0x24, 1);
-        self.set(0x20, 1);
-        self.set(0x70, FEATURES_OK);
-        assert_eq!(self.get(0x70), FEATURES_OK);
-        self.set(0x30, 0);
-        self.set(0x38, 8);
-        for (register, offset) in [(0x80, 0), (0x90, 0x1000), (0xa0, 0x2000)] {
-            self.set(register, (self.rings + offset) as u32);
-            self.set(register + 4, 0);
+        self.set_status(1);
+        self.set_status(3);
+        let (select, features) = if self.is_pci() { (0x08, 0x0c) } else { (0x24, 0x20) };
+        self.set(select, 4, 1);
+        self.set(features, 4, 1);
+        self.set_status(FEATURES_OK);
+        assert_eq!(self.status(), FEATURES_OK);
+        let (queue, size, width) = if self.is_pci() {
+            (0x16, 0x18, 2)
+        } else {
+            (0x30, 0x38, 4)
+        };
+        self.set(queue, width, 0);
+        self.set(size, width, 8);
+        let addresses = if self.is_pci() {
+            [0x20, 0x28, 0x30]
+        } else {
+            [0x80, 0x90, 0xa0]
+        };
+        for (register, offset) in addresses.into_iter().zip([0, 0x1000, 0x2000]) {
+            self.set(register, 4, (self.rings + offset) as u32);
+            self.set(register + 4, 4, 0);
         }
-        self.set(0x44, 1);
-        self.set(0x70, DRIVER_OK);
-        assert_eq!(self.get(0x70), DRIVER_OK);
+        let ready = if self.is_pci() { 0x1c } else { 0x44 };
+        self.set(ready, width, 1);
+        self.set_status(DRIVER_OK);
+        assert_eq!(self.status(), DRIVER_OK);
     }
 
     /// Offers one chain: (address, bytes, whether the device writes), and notifies.
@@ -258,16 +335,30 @@ impl<'a> Driver<'a> {
         memory
             .store(self.offered, GuestAddress(available + 2), Ordering::Release)
             .unwrap();
-        self.set(0x50, 0);
+        match self.transport {
+            Transport::Mmio => self.set(0x50, 4, 0),
+            Transport::Pci => self.set(NOTIFY, 2, 0),
+        }
+    }
+
+    /// The interrupt status, which is acknowledged by it.
+    fn pending(&self) -> u32 {
+        if self.is_pci() {
+            return self.get(ISR, 1);
+        }
+        let status = self.get(0x60, 4);
+        if status != 0 {
+            self.set(0x64, 4, status);
+        }
+        status
     }
 
     /// Waits for the interrupt status, acknowledges it, and returns it.
     fn interrupt(&self) -> u32 {
         let deadline = Instant::now() + LIMIT;
         loop {
-            let status = self.get(0x60);
+            let status = self.pending();
             if status != 0 {
-                self.set(0x64, status);
                 return status;
             }
             assert!(Instant::now() < deadline, "no interrupt");
@@ -280,11 +371,24 @@ impl<'a> Driver<'a> {
     }
 }
 
-/// A name, a discipline, and placements of the two devices.
-type Way = (String, Dispatch, Vec<(String, PlacementKind)>);
+/// Placements of the two devices.
+type Placements = Vec<(String, PlacementKind)>;
+/// A name, a transport, a discipline, and placements.
+type Way = (String, Transport, Dispatch, Placements);
+
+/// Both transports, each with every discipline and every placement.
+fn ways() -> Vec<Way> {
+    let named = |transport: Transport| {
+        let ways = dispatches().into_iter();
+        ways.map(move |(name, dispatch, placements)| {
+            (format!("{transport:?}, {name}"), transport, dispatch, placements)
+        })
+    };
+    named(Transport::Mmio).chain(named(Transport::Pci)).collect()
+}
 
 /// Every discipline, and every placement.
-fn ways() -> Vec<Way> {
+fn dispatches() -> Vec<(String, Dispatch, Placements)> {
     let placed = [PlacementKind::Thread, PlacementKind::Pool].map(|kind| {
         let placements = ["blk0", "rng0"].map(|name| (name.to_string(), kind));
         (kind.to_string(), Dispatch::Actor, placements.to_vec())
@@ -293,10 +397,11 @@ fn ways() -> Vec<Way> {
     disciplines.into_iter().chain(placed).collect()
 }
 
-fn devices(disk: &Scratch) -> VirtioConfig {
+fn devices(disk: &Scratch, transport: Transport) -> VirtioConfig {
     VirtioConfig {
         disks: vec![format!("path={},serial=s", disk.0.display()).parse().unwrap()],
         rng: true,
+        transport,
         notify: Notify::EventFd,
     }
 }
@@ -311,11 +416,14 @@ fn block_header(machine: &Machine, at: u64, kind: u32, sector: u64) {
 
 #[test]
 fn a_driver_is_served_under_every_discipline_and_placement() {
-    for (way, dispatch, placements) in ways() {
+    for (way, transport, dispatch, placements) in ways() {
         let disk = Scratch::new(&[3; 8192]);
-        let machine = Machine::start(config(dispatch, placements, devices(&disk)));
-        let (mut block, mut rng) = (Driver::new(&machine, 0), Driver::new(&machine, 1));
-        assert_eq!((block.get(8), rng.get(8)), (2, 4), "{way}");
+        let machine = Machine::start(config(dispatch, placements, devices(&disk, transport)));
+        let (mut block, mut rng) = (
+            Driver::new(&machine, transport, 0),
+            Driver::new(&machine, transport, 1),
+        );
+        assert_eq!((block.device_type(), rng.device_type()), (2, 4), "{way}");
         block.start();
         rng.start();
         for round in 0..20u64 {
@@ -355,19 +463,19 @@ fn a_driver_is_served_under_every_discipline_and_placement() {
 
 #[test]
 fn a_reset_with_requests_under_way_leaves_a_device_that_serves() {
-    for (way, dispatch, placements) in ways() {
+    for (way, transport, dispatch, placements) in ways() {
         let disk = Scratch::new(&[9; 1 << 20]);
-        let machine = Machine::start(config(dispatch, placements, devices(&disk)));
-        let mut block = Driver::new(&machine, 0);
+        let machine = Machine::start(config(dispatch, placements, devices(&disk, transport)));
+        let mut block = Driver::new(&machine, transport, 0);
         let (header, data, status) = (0x30_0000, 0x40_0000, 0x32_0000);
         for _ in 0..100 {
             block.start();
             block_header(&machine, header, 0, 0);
             block.offer(&[(header, 16, false), (data, 1 << 20, true), (status, 1, true)]);
             // No waiting: the request is anywhere between not begun and done.
-            block.set(0x70, 0);
-            assert_eq!(block.get(0x70), 0, "{way}");
-            assert_eq!(block.get(0x60), 0, "{way}: nothing is pending after a reset");
+            block.set_status(0);
+            assert_eq!(block.status(), 0, "{way}");
+            assert_eq!(block.pending(), 0, "{way}: nothing is pending after a reset");
             machine
                 .memory
                 .write_slice(&[0; 1 << 20], GuestAddress(data))
@@ -394,10 +502,10 @@ fn a_reset_with_requests_under_way_leaves_a_device_that_serves() {
 
 #[test]
 fn while_a_machine_is_paused_its_memory_stands_still_and_then_the_request_goes_on() {
-    for (way, dispatch, placements) in ways() {
+    for (way, transport, dispatch, placements) in ways() {
         let disk = Scratch::new(&[9; 1 << 20]);
-        let machine = Machine::start(config(dispatch, placements, devices(&disk)));
-        let mut block = Driver::new(&machine, 0);
+        let machine = Machine::start(config(dispatch, placements, devices(&disk, transport)));
+        let mut block = Driver::new(&machine, transport, 0);
         block.start();
         let (header, data, status) = (0x30_0000, 0x40_0000, 0x32_0000);
         let whole = || {
@@ -438,7 +546,12 @@ fn while_a_machine_is_paused_its_memory_stands_still_and_then_the_request_goes_o
             Answer::Done(State::Running),
             "{way}"
         );
-        assert_eq!(block.get(0x70), 0, "{way}");
+        if transport == Transport::Pci {
+            // And one of the function.
+            assert_eq!(block.status(), u32::from(u8::MAX), "{way}");
+            block.switch_on();
+        }
+        assert_eq!(block.status(), 0, "{way}");
         block.start();
         block.offer(&[(header, 16, false), (data, 512, true), (status, 1, true)]);
         assert_eq!(block.interrupt(), 1, "{way}");
@@ -448,30 +561,94 @@ fn while_a_machine_is_paused_its_memory_stands_still_and_then_the_request_goes_o
 
 #[test]
 fn a_driver_that_breaks_its_queue_is_told_to_reset() {
-    let disk = Scratch::new(&[0; 512]);
-    let machine = Machine::start(config(Dispatch::Actor, Vec::new(), devices(&disk)));
-    let mut rng = Driver::new(&machine, 1);
-    for _ in 0..3 {
+    for transport in [Transport::Mmio, Transport::Pci] {
+        let disk = Scratch::new(&[0; 512]);
+        let machine = Machine::start(config(Dispatch::Actor, Vec::new(), devices(&disk, transport)));
+        let mut rng = Driver::new(&machine, transport, 1);
+        for _ in 0..3 {
+            rng.start();
+            rng.offer(&[(0x30_0000, 16, false)]);
+            assert_eq!(rng.interrupt(), 2, "a change of configuration");
+            assert_eq!(rng.status(), 0x40 | DRIVER_OK);
+        }
         rng.start();
-        rng.offer(&[(0x30_0000, 16, false)]);
-        assert_eq!(rng.interrupt(), 2, "a change of configuration");
-        assert_eq!(rng.get(0x70), 0x40 | DRIVER_OK);
+        rng.offer(&[(0x30_0000, 16, true)]);
+        assert_eq!(rng.interrupt(), 1);
+        assert!(matches!(machine.end(), Outcome::GuestExit(7)));
     }
-    rng.start();
-    rng.offer(&[(0x30_0000, 16, true)]);
-    assert_eq!(rng.interrupt(), 1);
-    assert!(matches!(machine.end(), Outcome::GuestExit(7)));
 }
 
 #[test]
 fn a_placement_can_name_a_device_that_is_there_and_no_other() {
-    let disk = Scratch::new(&[0; 512]);
-    let placements = vec![("blk1".to_string(), PlacementKind::Thread)];
-    let config = config(Dispatch::Actor, placements, devices(&disk));
-    let backends: Vec<ScriptedBackend<Played>> = Vec::new();
-    let log = Logger::root(slog::Discard, o!());
-    let error = supervisor::run_with(&config, backends, &Unwired, &log).unwrap_err();
-    let text = error.to_string();
-    assert!(text.contains("'blk1'") && text.contains("blk0, rng0"), "{text}");
-    assert!(error.is_bad_input());
+    for (transport, there, other) in [
+        (Transport::Mmio, "pci_config", "pci_host"),
+        (Transport::Pci, "pci_host", "pci_config"),
+    ] {
+        for name in ["blk1", other] {
+            let disk = Scratch::new(&[0; 512]);
+            let placements = vec![(name.to_string(), PlacementKind::Thread)];
+            let config = config(Dispatch::Actor, placements, devices(&disk, transport));
+            let backends: Vec<ScriptedBackend<Played>> = Vec::new();
+            let log = Logger::root(slog::Discard, o!());
+            let error = supervisor::run_with(&config, backends, &Unwired, &log).unwrap_err();
+            let text = error.to_string();
+            let expected = [format!("'{name}'"), format!("{there}, blk0, rng0")];
+            assert!(expected.iter().all(|part| text.contains(part)), "{text}");
+            assert!(error.is_bad_input());
+        }
+    }
+}
+
+#[test]
+fn a_bus_is_scanned_and_a_bar_moved_under_every_discipline() {
+    const ADDRESS: u16 = 0xcf8;
+    const DATA: u16 = 0xcfc;
+    for (way, dispatch, placements) in dispatches() {
+        let disk = Scratch::new(&[5; 512]);
+        let machine = Machine::start(config(dispatch, placements, devices(&disk, Transport::Pci)));
+        let config = |slot: u32, register: u32| {
+            machine.port_out(ADDRESS, 1 << 31 | slot << 11 | register);
+            machine.port_in(DATA)
+        };
+        let found: Vec<u32> = (0..32).map(|slot| config(slot, 0)).collect();
+        assert_eq!(found[..3], [0x0008_1b36, 0x1042_1af4, 0x1044_1af4], "{way}");
+        assert!(found[3..].iter().all(|id| *id == u32::MAX), "{way}");
+        // By ECAM the same.
+        let ecam: Vec<u32> = (0..32).map(|slot| machine.read(ECAM + (slot << 15), 4)).collect();
+        assert_eq!(ecam, found, "{way}");
+        assert_eq!(
+            machine.port_in(ADDRESS),
+            1 << 31 | 31 << 11,
+            "what was written last"
+        );
+
+        let mut block = Driver::new(&machine, Transport::Pci, 0);
+        let before = block.registers;
+        block.start();
+        let (header, data, status) = (0x30_0000, 0x31_0000, 0x32_0000);
+        for (round, place) in [PCI_WINDOW_32.start, before, PCI_WINDOW_32.start + 0x80_0000]
+            .into_iter()
+            .enumerate()
+        {
+            machine.write(block.config + 0x10, 4, place as u32);
+            machine.write(block.config + 0x14, 4, (place >> 32) as u32);
+            let old = std::mem::replace(&mut block.registers, place);
+            assert_eq!(
+                machine.read(old + 0x14, 1),
+                0xff,
+                "{way}: nobody is there any more"
+            );
+            assert_eq!(block.status(), DRIVER_OK, "{way}: the device has not noticed");
+            block_header(&machine, header, 0, 0);
+            block.offer(&[(header, 16, false), (data, 512, true), (status, 1, true)]);
+            assert_eq!(block.interrupt(), 1, "{way}");
+            assert_eq!(block.used(), round as u16 + 1, "{way}");
+        }
+        assert_eq!(
+            machine.memory.read_obj::<u8>(GuestAddress(data)).unwrap(),
+            5,
+            "{way}"
+        );
+        assert!(matches!(machine.end(), Outcome::GuestExit(7)), "{way}");
+    }
 }

@@ -1,4 +1,4 @@
-//! Who may wait for whom: supervisor < vCPU < device < backend, upward only. With every wait going up, no cycle of
+//! Who may wait for whom: supervisor < vCPU < device < backend < table, upward only. With every wait going up, no cycle of
 //! waits can exist, so no deadlock among actors can. Asserted in every build: the check is one thread-local byte.
 
 use std::cell::Cell;
@@ -11,10 +11,13 @@ pub enum Rank {
     Supervisor = 0,
     /// A vCPU thread. May ask devices and backends.
     Vcpu = 1,
-    /// A device. May ask backends.
+    /// A device. May ask backends and tables.
     Device = 2,
-    /// Whatever talks to the host: console, event loop. May ask nobody.
+    /// Whatever talks to the host: console, event loop. May ask nobody but tables: a turn of a device may run on its thread.
     Backend = 3,
+    /// The owner of something that the kernel has one of for a whole machine, such as KVM's interrupt routes. It calls the
+    /// kernel, and may ask nobody.
+    Table = 4,
 }
 
 #[cfg(not(loom))]

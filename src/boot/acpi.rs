@@ -1,24 +1,27 @@
 //! ACPI tables: what the machine has, in the words of [ACPI 6.5].
 //!
-//! RSDP, XSDT, FADT, FACS, MADT and DSDT, one behind the other from [`layout::ACPI_TABLES`]. Not hardware-reduced:
+//! RSDP, XSDT, FADT, FACS, MADT, DSDT, and MCFG where there is a PCI bus, one behind the other from [`layout::ACPI_TABLES`]. Not hardware-reduced:
 //! there are a PM timer, a fixed power button and an SCI. The interrupt controllers are those of KVM.
-//! There is no PCI root.
 
 use crate::devices::acpi_pm::SLP_TYP_S5;
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, PackageBuilder, Path, ResourceTemplate, Scope,
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name,
+    PackageBuilder, Path, ResourceTemplate, Scope,
 };
 use acpi_tables::facs::FACS;
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
-use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::gas::{AccessSize, AddressSpace as GasSpace, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, ProcessorLocalApic};
+use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
+use std::ops::Range;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use super::layout::{self, io};
+use crate::pci::ECAM_BUS_BYTES;
 
 const OEM: [u8; 6] = *b"ACTVMM";
 const OEM_TABLE: [u8; 8] = *b"ACTORVMM";
@@ -41,6 +44,17 @@ pub struct AcpiConfig {
     pub pvpanic: bool,
     /// Virtio devices behind virtio-mmio.
     pub virtio: Vec<VirtioMmio>,
+    /// A PCI bus.
+    pub pci: Option<PciRoot>,
+}
+
+/// A PCI bus, as it is from its host bridge.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PciRoot {
+    /// Addresses for BARs, below 4 GiB and above.
+    pub windows: [Range<u64>; 2],
+    /// Slots, and the interrupts that their pins INTA# lead to.
+    pub pins: Vec<(u8, u32)>,
 }
 
 /// A virtio-mmio device.
@@ -67,6 +81,7 @@ impl AcpiConfig {
             i8042: false,
             pvpanic: true,
             virtio: Vec::new(),
+            pci: None,
         }
     }
 }
@@ -165,6 +180,9 @@ pub fn build(config: &AcpiConfig) -> Result<Tables, AcpiError> {
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    if config.pci.is_some() {
+        xsdt.add_entry(add(mcfg()));
+    }
     let xsdt = add(aml(&xsdt));
     tables.insert(
         0,
@@ -200,7 +218,7 @@ mod boot_arch {
 }
 
 fn fadt(config: &AcpiConfig, facs: u32, dsdt: u64) -> Vec<u8> {
-    let port = |port: u16, bits: u8, access| GAS::new(AddressSpace::SystemIo, bits, 0, access, port.into());
+    let port = |port: u16, bits: u8, access| GAS::new(GasSpace::SystemIo, bits, 0, access, port.into());
     let mut table = FADTBuilder::new(OEM, OEM_TABLE, OEM_REVISION)
         .preferred_pm_profile(PmProfile::EnterpriseServer)
         .firmware_ctrl_32(facs)
@@ -299,6 +317,60 @@ fn source_override(body: &mut Vec<u8>, source: u8, gsi: u32, flags: u16) {
     body.word(flags);
 }
 
+/// [PCI Firmware 3.0 §4.1.2]
+fn mcfg() -> Vec<u8> {
+    let mut table = MCFG::new(OEM, OEM_TABLE, OEM_REVISION);
+    table.add_ecam(layout::ECAM, 0, 0, 0);
+    aml(&table)
+}
+
+/// The host bridge, and the addresses of its configuration spaces, which are no window: "motherboard resources".
+/// [PCI Firmware 3.0 §4.1.2, §4.3; ACPI §6.2.13]
+fn pci_root(bus: &mut Vec<u8>, root: &PciRoot) {
+    let ecam = aml(&Memory32Fixed::new(
+        true,
+        layout::ECAM as u32,
+        ECAM_BUS_BYTES as u32,
+    ));
+    device(bus, "MBRS", &EISAName::new("PNP0C02"), 0, &[ecam]);
+
+    let cacheable = AddressSpaceCacheable::NotCacheable;
+    let [low, high] = &root.windows;
+    let low = AddressSpace::new_memory(cacheable, true, low.start as u32, (low.end - 1) as u32, None);
+    let high = AddressSpace::new_memory(cacheable, true, high.start, high.end - 1, None);
+    let resources = Raw([
+        aml(&AddressSpace::new_bus_number(0u16, 0u16)),
+        aml(&IO::new(io::PCI_CONFIG, io::PCI_CONFIG, 1, 8)),
+        aml(&low),
+        aml(&high),
+    ]
+    .concat());
+    let mut pins = PackageBuilder::new();
+    for (slot, gsi) in &root.pins {
+        // Any function of the slot, INTA#, straight to an interrupt.
+        let mut pin = PackageBuilder::new();
+        pin.add_element(&(u32::from(*slot) << 16 | 0xffff));
+        for number in [0u32, 0, *gsi] {
+            pin.add_element(&number);
+        }
+        pins.add_element(&pin);
+    }
+    let resources = ResourceTemplate::new(vec![&resources]);
+    let (express, conventional) = (EISAName::new("PNP0A08"), EISAName::new("PNP0A03"));
+    let names: [(&str, &dyn Aml); 7] = [
+        ("_HID", &express),
+        ("_CID", &conventional),
+        ("_UID", &0u8),
+        ("_SEG", &0u8),
+        ("_BBN", &0u8),
+        ("_CRS", &resources),
+        ("_PRT", &pins),
+    ];
+    let names = names.map(|(name, value)| Name::new(name.into(), value));
+    let children = names.iter().map(|name| name as &dyn Aml).collect();
+    Device::new("PCI0".into(), children).to_aml_bytes(bus);
+}
+
 fn dsdt(config: &AcpiConfig) -> Vec<u8> {
     const REVISION: u8 = 2; // 64-bit integers
     let mut body = Vec::new();
@@ -342,6 +414,9 @@ fn dsdt(config: &AcpiConfig) -> Vec<u8> {
             uid as u8,
             &resources,
         );
+    }
+    if let Some(root) = &config.pci {
+        pci_root(&mut bus, root);
     }
     for uid in 0..config.apic_ids.len() {
         let hid = Name::new("_HID".into(), &"ACPI0007");
@@ -564,6 +639,25 @@ mod tests {
         assert_eq!(all.len(), 6);
     }
 
+    fn root() -> PciRoot {
+        PciRoot {
+            windows: [layout::PCI_WINDOW_32, layout::pci_window_64(5 << 30)],
+            pins: vec![(1, 16), (2, 17)],
+        }
+    }
+
+    #[test]
+    fn the_mcfg_has_the_one_bus() {
+        let config = AcpiConfig {
+            pci: Some(root()),
+            ..cpus(1)
+        };
+        let mcfg = find(&memory_with(&config), b"MCFG");
+        assert_eq!((mcfg.len(), u64_at(&mcfg, 44)), (60, 0xe000_0000));
+        assert_eq!(&mcfg[52..56], [0; 4], "segment 0, bus 0 to 0");
+        assert_eq!(build(&cpus(1)).unwrap().iter().count(), 6, "none without a bus");
+    }
+
     /// iasl, where it is installed, must find nothing to complain of. `ACTOR_VMM_ACPI_DUMP=/dir` keeps the tables.
     #[test]
     fn iasl_reads_every_table() {
@@ -585,9 +679,10 @@ mod tests {
         };
         let memory = memory_with(&AcpiConfig {
             virtio: vec![virtio(0xfeb0_0000, 16, true), virtio(0xfeb0_1000, 5, false)],
+            pci: Some(root()),
             ..AcpiConfig::new((0..3).chain([255, 256]).collect())
         });
-        for signature in [b"FACP", b"APIC", b"DSDT", b"FACS"] {
+        for signature in [b"FACP", b"APIC", b"MCFG", b"DSDT", b"FACS"] {
             let name = std::str::from_utf8(signature).unwrap();
             std::fs::write(directory.join(format!("{name}.dat")), find(&memory, signature)).unwrap();
             let iasl = |arguments: &[&str]| {
@@ -619,6 +714,10 @@ mod tests {
             "ACPI0007",
             "LNRO0005",
             "0xFEB01000",
+            "PNP0A08",
+            "PNP0C02",
+            "0x0000000200000000",
+            "0x0002FFFF",
             "Name (\\_S5",
             "0x0505",
         ] {

@@ -14,9 +14,9 @@ use crate::machine::dispatch::Dispatch;
 use crate::machine::memory::{Backing, MemoryConfig, parse_size};
 use crate::machine::outcome::status;
 use crate::machine::supervisor::{self, Guest, MAX_CPUS, MachineConfig, OnReset};
-use crate::virtio::Notify;
 use crate::virtio::block::DiskConfig;
 use crate::virtio::config::VirtioConfig;
+use crate::virtio::{Notify, Transport};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use slog::{Level, info};
 use std::error::Error;
@@ -102,6 +102,9 @@ struct Run {
     /// An entropy device, fed from the host's /dev/urandom
     #[arg(long)]
     rng: bool,
+    /// How drivers find virtio devices: mmio (a page of registers each, described by ACPI), or pci (a bus)
+    #[arg(long, value_name = "TRANSPORT", default_value = "mmio")]
+    transport: Transport,
     /// How virtio devices and their drivers notify each other: eventfd (without leaving the kernel), or message
     #[arg(long, value_name = "WAY", default_value = "eventfd")]
     notify: Notify,
@@ -243,6 +246,7 @@ impl Run {
             virtio: VirtioConfig {
                 disks: self.disk.clone(),
                 rng: self.rng,
+                transport: self.transport,
                 notify: self.notify,
             },
             timeout: self.timeout,
@@ -370,7 +374,7 @@ mod tests {
     #[test]
     fn a_full_command_line_becomes_a_machine() {
         let args = "run --kernel k --initrd i --cmdline quiet --cpus 3 --memory 1.5G --placement rtc=pool \
-                    --console file:/x --boot pvh --unpack guest --timeout 2.5";
+                    --console file:/x --boot pvh --unpack guest --timeout 2.5 --transport pci";
         let cli = parse(&args.split_whitespace().collect::<Vec<_>>()).unwrap();
         let Command::Run(run) = cli.command else { panic!() };
         let config = run.resolve();
@@ -378,6 +382,7 @@ mod tests {
         assert_eq!(config.placements, [("rtc".to_string(), PlacementKind::Pool)]);
         assert_eq!(config.console, ConsoleKind::File("/x".into()));
         assert_eq!(config.timeout, Some(Duration::from_millis(2500)));
+        assert_eq!(config.virtio.transport, Transport::Pci);
         let Guest::Kernel(boot) = config.guest else {
             panic!()
         };
@@ -402,6 +407,7 @@ mod tests {
             &["run", "--kernel", "k", "--timeout", "nan"],
             &["run", "--demo", "--gdb", "65536"],
             &["run", "--demo", "--gdb", ""],
+            &["run", "--demo", "--transport", "isa"],
             &["run", "--kernel", "k", "--demo"],
             &["run", "--demo", "--initrd", "i"],
             &["fly"],

@@ -35,6 +35,16 @@ const DEVICES: &[Subject] = &[
     (|| Box::new(pci_config::PciConfig::new()), &[]),
     // Registers decode as whole dwords only.
     (|| Box::new(crate::virtio::testing::mmio(false).0), &[]),
+    // Configuration space and BAR are further up.
+    (|| Box::new(crate::virtio::testing::pci().0), &[]),
+    (
+        || {
+            Box::new(crate::pci::host_bridge::HostBridge::new(
+                crate::pci::decode::Bus::new([0..0, 0..0]),
+            ))
+        },
+        &[],
+    ),
 ];
 
 /// One thing that can happen to a device.

@@ -17,7 +17,7 @@
 //! | debug exit | 0xf4 | | [`debug_exit`] |
 //! | debug console | 0xe9 | | [`debug_console`] |
 //! | pvpanic | 0x505 | | [`pvpanic`] |
-//! | PCI configuration, empty bus | 0xcf8 to 0xcff | | [`pci_config`] |
+//! | PCI configuration, empty bus (a bus with something on it: [`crate::pci`]) | 0xcf8 to 0xcff | | [`pci_config`] |
 //! | delay, for measurements, only when asked for | 0xea0 | | [`delay`] |
 //!
 //! Virtio devices are in [`crate::virtio`]. The numbers are in [`crate::boot::layout::io`]. Each file has `CLAIMS`: the ranges to route to the device, as offsets
@@ -137,12 +137,32 @@ pub trait Context {
 /// What an actor behind a device (a disk's queue) tells its register side.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum BackendEvent {
-    /// A buffer was used and the driver wants to know. Only when interrupts go by message.
-    Used,
+    /// Buffers of these queues were used and the driver wants to know. Only when interrupts go by message.
+    Used(Queues),
     /// A queue cannot be served any more.
     Broken,
     /// What the device publishes of its configuration has changed. Only when interrupts go by message.
     Reconfigured,
+}
+
+/// A set of a device's queues, one bit each.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Queues(pub u64);
+
+impl Queues {
+    /// The most queues of a device.
+    pub const MOST: usize = u64::BITS as usize;
+
+    /// One queue.
+    pub fn one(index: usize) -> Queues {
+        debug_assert!(index < Queues::MOST);
+        Queues(1 << index)
+    }
+
+    /// Whether the queue is one of them.
+    pub fn has(self, index: usize) -> bool {
+        index < Queues::MOST && self.0 >> index & 1 != 0
+    }
 }
 
 /// The same with the life of the device that it belongs to: news from before a reset are nobody's.
@@ -158,6 +178,20 @@ impl BackendNews {
     /// The event of a life.
     pub fn new(life: u32, event: BackendEvent) -> BackendNews {
         BackendNews { life, event }
+    }
+
+    /// What is left to tell when `later` comes before this could be told. What is of an earlier life is nobody's.
+    #[must_use]
+    pub fn and(self, later: BackendNews) -> BackendNews {
+        let event = match (self.event, later.event) {
+            _ if self.life != later.life => later.event,
+            (BackendEvent::Broken, _) | (_, BackendEvent::Broken) => BackendEvent::Broken,
+            (BackendEvent::Used(Queues(some)), BackendEvent::Used(Queues(more))) => {
+                BackendEvent::Used(Queues(some | more))
+            }
+            _ => later.event,
+        };
+        BackendNews::new(later.life, event)
     }
 }
 

@@ -111,7 +111,7 @@ struct Held {
     tick: bool,
     input: bool,
     output: bool,
-    /// The last thing heard from behind the device, unless an earlier one says more.
+    /// What was heard from behind the device.
     news: Option<BackendNews>,
     /// The last change of the configuration.
     change: Option<BackendNews>,
@@ -196,10 +196,7 @@ impl Shell {
                 held.change = Some(news);
             }
             (DeviceMessage::Backend(news), Some(held)) => {
-                let broken = |held: BackendNews| held.life == news.life && held.event == BackendEvent::Broken;
-                if !held.news.is_some_and(broken) {
-                    held.news = Some(news);
-                }
+                held.news = Some(held.news.map_or(news, |earlier| earlier.and(news)));
             }
             (DeviceMessage::Backend(news), None) => self.device.backend_news(&mut self.outside, news),
             (DeviceMessage::Tick, None) => self.tick(),

@@ -1,8 +1,9 @@
 //! The devices of a machine: which there are, where they are, and what they are connected to.
 
 use super::MachineMessage;
-use super::virtio::Placed;
-use crate::boot::layout::io;
+use super::msi::NoWire;
+use super::virtio::{Place, Placed, Source};
+use crate::boot::layout::{self, io};
 use crate::clock::Clock;
 use crate::devices::acpi_pm::{AcpiPm, PmTimer};
 use crate::devices::debug_console::DebugConsole;
@@ -21,26 +22,37 @@ use crate::host::character::{self, Waker};
 use crate::host::console::Console;
 use crate::host::events::{CharacterDevice, TimedDevice};
 use crate::host::timer::TimerSlot;
-use crate::vcpu::route::{Route, RouteMap, Space, Target};
-use crate::virtio::mmio;
+use crate::pci::decode::{Bus, DataPorts, Ecam, Functions, Window};
+use crate::pci::host_bridge::HostBridge;
+use crate::pci::{ECAM_BUS_BYTES, host_bridge};
+use crate::vcpu::route::{Decode, Route, RouteMap, Space, Target};
+use crate::virtio::pci::Doorbells;
 use crate::virtio::queue::QueueActor;
+use crate::virtio::{Notify, Transport, mmio, pci};
 use crossbeam_channel::Sender;
+use slog::Logger;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
 
-/// The names that `--placement NAME=…` takes.
-pub const DEVICE_NAMES: [&str; 8] = [
-    "serial0",
-    "rtc",
-    "i8042",
-    "acpi_pm",
-    "debug_exit",
-    "debug_console",
-    "pvpanic",
-    "pci_config",
-];
+/// The names that `--placement NAME=…` takes, beside those of virtio devices.
+pub fn device_names(transport: Transport) -> [&'static str; 8] {
+    let pci = match transport {
+        Transport::Mmio => "pci_config",
+        Transport::Pci => "pci_host",
+    };
+    [
+        "serial0",
+        "rtc",
+        "i8042",
+        "acpi_pm",
+        "debug_exit",
+        "debug_console",
+        "pvpanic",
+        pci,
+    ]
+}
 
 /// Devices and the ranges that lead to them: what a discipline of dispatch takes. A machine's come from its
 /// [`Chipset`]; benches bring their own.
@@ -73,13 +85,25 @@ pub trait Lines {
     fn edge(&self, gsi: u32) -> Result<Box<dyn InterruptLine>, Self::Error>;
     /// A level-triggered line.
     fn level(&self, gsi: u32) -> Result<Box<dyn InterruptLine>, Self::Error>;
-    /// Whether eventfds reach the guest, and its writes them. If not, everything goes by message, and the two methods
-    /// below are not called.
+    /// Whether eventfds reach the guest, and its writes them. If not, everything goes by message, and the methods below
+    /// that take or give some are not called.
     fn has_eventfds(&self) -> bool {
         false
     }
     /// An eventfd each write to which is an edge of a line.
     fn edge_eventfd(&self, _gsi: u32) -> Result<EventFd, Self::Error> {
+        Err(std::io::Error::from(std::io::ErrorKind::Unsupported).into())
+    }
+    /// So many sources of interrupts by message. Called once a machine.
+    fn messages(&self, count: usize, _notify: Notify, _log: &Logger) -> Result<Vec<Source>, Self::Error> {
+        let none = || Source {
+            wire: Box::<NoWire>::default(),
+            signal: None,
+        };
+        Ok(std::iter::repeat_with(none).take(count).collect())
+    }
+    /// Has a driver's notifications ring bells, wherever the registers for them are.
+    fn doorbells(&self, _bells: Vec<EventFd>) -> Result<Box<dyn Doorbells>, Self::Error> {
         Err(std::io::Error::from(std::io::ErrorKind::Unsupported).into())
     }
     /// Has a 32-bit write of `value` to `address` ring `bell` instead of leaving the guest.
@@ -102,6 +126,8 @@ pub struct ChipsetConfig {
     pub delay: Option<Duration>,
     /// For tests: a device that blocks.
     pub tarpit: Option<Mire>,
+    /// A PCI bus; without it the ports for it lead nowhere.
+    pub bus: Option<Arc<Bus>>,
 }
 
 /// One device, before it is an actor.
@@ -142,6 +168,9 @@ pub struct Chipset {
     /// The actors behind devices, which are given by their numbers.
     pub queues: Vec<(usize, QueueActor)>,
     pm_timer: Arc<PmTimer>,
+    bus: Option<Arc<Bus>>,
+    /// Who is on it.
+    functions: Functions,
 }
 
 impl Chipset {
@@ -196,8 +225,16 @@ impl Chipset {
             part(Box::new(I8042::new()), io::I8042, i8042::CLAIMS),
             part(Box::new(DebugExit::new()), io::DEBUG_EXIT, debug_exit::CLAIMS),
             part(Box::new(Pvpanic::new()), io::PVPANIC, pvpanic::CLAIMS),
-            part(Box::new(PciConfig::new()), io::PCI_CONFIG, pci_config::CLAIMS),
         ];
+        let bridge = parts.len();
+        parts.push(match &config.bus {
+            Some(bus) => part(
+                Box::new(HostBridge::new(bus.clone())),
+                io::PCI_CONFIG,
+                host_bridge::CLAIMS,
+            ),
+            None => part(Box::new(PciConfig::new()), io::PCI_CONFIG, pci_config::CLAIMS),
+        });
         if let Some(time) = config.delay {
             parts.push(part(Box::new(Delay::new(time)), io::DELAY, delay::CLAIMS));
         }
@@ -215,6 +252,11 @@ impl Chipset {
             characters: Vec::new(),
             timed: Vec::new(),
             queues: Vec::new(),
+            bus: config.bus.clone(),
+            functions: Functions {
+                bridge,
+                others: Vec::new(),
+            },
         };
         for part in parts {
             chipset.add(part, config);
@@ -246,11 +288,19 @@ impl Chipset {
     /// Adds a virtio device.
     pub fn add_virtio(&mut self, placed: Placed, config: &ChipsetConfig) {
         let number = self.devices.len();
+        let (base, claims) = match placed.place {
+            Place::Mmio(address) => (address, mmio::CLAIMS),
+            Place::Pci(slot) => {
+                let function = (slot, number, pci::layout::BAR_BYTES);
+                self.functions.others.push(function);
+                (0, pci::CLAIMS)
+            }
+        };
         let part = Part {
             device: placed.device,
             space: Space::Mmio,
-            base: placed.address,
-            claims: mmio::CLAIMS,
+            base,
+            claims,
             line: placed.line,
             console: None,
             timed: false,
@@ -344,6 +394,43 @@ impl Chipset {
             target: Target::Published(self.pm_timer.clone()),
         };
         map.insert(Space::Pio, timer).expect("the layout has no overlaps");
+        if let Some(bus) = &self.bus {
+            for (space, route) in self.bus_routes(bus) {
+                map.insert(space, route).expect("the layout has no overlaps");
+            }
+        }
         map
+    }
+
+    /// The ranges in which a bus finds out who answers.
+    fn bus_routes(&self, bus: &Arc<Bus>) -> Vec<(Space, Route)> {
+        let functions = || self.functions.clone();
+        let route = |start: u64, bytes: u64, decode: Arc<dyn Decode>| Route {
+            start,
+            last: start + bytes - 1,
+            base: 0,
+            target: Target::Decoded(decode),
+        };
+        let data = DataPorts {
+            bus: bus.clone(),
+            functions: functions(),
+        };
+        let ecam = Ecam {
+            functions: functions(),
+        };
+        let mut routes = vec![
+            (Space::Pio, route(io::PCI_CONFIG_DATA.into(), 4, Arc::new(data))),
+            (Space::Mmio, route(layout::ECAM, ECAM_BUS_BYTES, Arc::new(ecam))),
+        ];
+        for window in bus.windows() {
+            let decode = Window {
+                bus: bus.clone(),
+                functions: functions(),
+                start: window.start,
+            };
+            let bytes = window.end - window.start;
+            routes.push((Space::Mmio, route(window.start, bytes, Arc::new(decode))));
+        }
+        routes
     }
 }

@@ -14,6 +14,7 @@
 //! | `chipset.rs` | which devices there are, where, and what they are connected to |
 //! | `dispatch.rs` | how vCPUs and the event loop reach the devices: actors, or a baseline |
 //! | `virtio.rs` | virtio devices: their places, notifications and queues |
+//! | `msi.rs` | interrupts by message, and doorbells that move |
 //! | `vm.rs` | the KVM side: memory slots, interrupt controllers, vCPUs before they run |
 //! | `memory.rs` | guest memory |
 //! | `cpuid.rs` | what a vCPU's CPUID says |
@@ -25,6 +26,7 @@ pub mod cpuid;
 pub mod dispatch;
 pub mod memory;
 mod messenger;
+pub mod msi;
 pub mod outcome;
 pub mod platform;
 pub mod request;

@@ -392,6 +392,7 @@ fn live() -> Result<(), String> {
         machine: sender.clone(),
         delay: None,
         tarpit: None,
+        bus: None,
     };
     let off = || Console::open(&ConsoleKind::Off).expect("nothing is opened");
     let mut chipset = Chipset::new(&config, off(), off(), &Unwired).map_err(|error| error.to_string())?;

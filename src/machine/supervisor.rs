@@ -2,7 +2,7 @@
 //! `actor.rs`.
 
 use super::actor::{Machine, OUTPUT_LIMIT, Parts};
-use super::chipset::{Chipset, ChipsetConfig, DEVICE_NAMES, Lines};
+use super::chipset::{Chipset, ChipsetConfig, Lines, device_names};
 use super::dispatch::{Actors, BigLock, Channels, DeviceLocks, Discipline, Dispatch, MutexKind};
 use super::memory::{self, MemoryConfig, MemoryError};
 use super::outcome::Outcome;
@@ -30,9 +30,10 @@ use crate::host::signals::{self, Signals};
 use crate::vcpu::activity::{Activity, Watch};
 use crate::vcpu::backend::Backend;
 use crate::vcpu::kick;
-use crate::virtio::Notify;
 use crate::virtio::config::{Opened, VirtioConfig, VirtioError};
+use crate::virtio::pci::Doorbells;
 use crate::virtio::queue::QueueActor;
+use crate::virtio::{Notify, Transport};
 use crossbeam_channel::Sender;
 use slog::{Logger, debug, info};
 use std::path::PathBuf;
@@ -165,7 +166,7 @@ impl StartError {
                 )
                 | StartError::Image
                 | StartError::Gdb(_)
-                | StartError::Vm(VmError::TooManyVcpus { .. })
+                | StartError::Vm(VmError::TooManyVcpus { .. } | VmError::AddressBits { .. })
         )
     }
 }
@@ -191,6 +192,19 @@ impl Lines for Vm {
 
     fn edge_eventfd(&self, gsi: u32) -> Result<EventFd, StartError> {
         Ok(Vm::edge_eventfd(self, gsi)?)
+    }
+
+    fn messages(
+        &self,
+        count: usize,
+        notify: Notify,
+        log: &Logger,
+    ) -> Result<Vec<virtio::Source>, StartError> {
+        Ok(Vm::messages(self, count, notify, log)?)
+    }
+
+    fn doorbells(&self, bells: Vec<EventFd>) -> Result<Box<dyn Doorbells>, StartError> {
+        Ok(Vm::doorbells(self, bells))
     }
 
     fn bell(&self, address: u64, value: u32, bell: &EventFd) -> Result<(), StartError> {
@@ -238,12 +252,16 @@ pub fn run_kvm(config: &MachineConfig, inbox: Inbox, log: &Logger) -> Result<Out
     let memory = memory::create(&config.memory)?;
     let watch = MemoryWatch::new(&memory)?;
     let topology = Topology::flat(config.cpus as u32);
-    let acpi = AcpiConfig {
-        virtio: virtio::described(virtio.len(), config.virtio.notify),
-        ..AcpiConfig::new(topology.apic_ids())
-    };
+    let mut acpi = AcpiConfig::new(topology.apic_ids());
+    match config.virtio.transport {
+        Transport::Mmio => acpi.virtio = virtio::described(virtio.len(), config.virtio.notify),
+        Transport::Pci => acpi.pci = Some(virtio::root(virtio.len(), config.memory.size_bytes)),
+    }
     let entry = load(&memory, &config.guest, &acpi, log)?;
     let vm = Vm::new(memory.clone(), config.cpus, true)?;
+    if let Some(root) = &acpi.pci {
+        vm.check_addresses(root.windows[1].end - 1)?;
+    }
     let mut backends = Vec::with_capacity(config.cpus);
     for index in 0..config.cpus {
         let fd = vm.vcpu(index, &topology)?;
@@ -388,14 +406,21 @@ where
         machine: sender.clone(),
         delay: config.delay,
         tarpit: config.tarpit.clone(),
+        bus: virtio::bus(config.virtio.transport, config.memory.size_bytes),
     };
     let mut chipset = Chipset::new(&chipset_config, console, debug_console, lines)?;
     let notify = match lines.has_eventfds() {
         true => config.virtio.notify,
         false => Notify::Message,
     };
-    for (number, opened) in virtio.devices.into_iter().enumerate() {
-        let placed = virtio::place(number, opened, notify, &virtio.memory, lines, log)?;
+    let connections = virtio::Connections {
+        bus: chipset_config.bus.as_ref(),
+        notify,
+        memory: &virtio.memory,
+        lines,
+        log,
+    };
+    for placed in virtio::place(virtio.devices, &connections)? {
         chipset.add_virtio(placed, &chipset_config);
     }
     let devices = chipset.devices.len();
@@ -571,7 +596,7 @@ impl MachineConfig {
             return Err(StartError::PlacementWithoutActors(self.dispatch));
         }
         self.virtio.check()?;
-        let mut there = [&DEVICE_NAMES[..], &self.virtio.names()].concat();
+        let mut there = [&device_names(self.virtio.transport)[..], &self.virtio.names()].concat();
         if self.tarpit.is_some() {
             there.push("tarpit");
         }

@@ -1,25 +1,38 @@
 //! Virtio devices in a machine: where each is, how it and its driver notify each other, and its queues' actors.
 
 use super::chipset::Lines;
-use crate::boot::acpi::VirtioMmio;
+use crate::boot::acpi::{PciRoot, VirtioMmio};
 use crate::boot::layout;
 use crate::devices::shell::InterruptLine;
-use crate::virtio::Notify;
+use crate::devices::{Device, Queues as QueueSet};
+use crate::pci::decode::Bus;
+use crate::pci::msix::MessageWire;
 use crate::virtio::config::Opened;
-use crate::virtio::interrupt::Latch;
+use crate::virtio::interrupt::{Interrupter, Latch, MsixWord};
 use crate::virtio::mmio::{Mmio, QUEUE_NOTIFY, WINDOW_BYTES};
+use crate::virtio::pci::layout::BAR_BYTES;
+use crate::virtio::pci::{Function, NoDoorbells, Wiring};
 use crate::virtio::queue::{QueueActor, Remote, queue_actor};
 use crate::virtio::registers::{Backend, Registers};
+use crate::virtio::{Notify, Transport};
 use slog::Logger;
+use std::ops::Range;
+use std::sync::Arc;
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
 
-/// Where the device in a place is.
+/// Where the device in a place is, by virtio-mmio.
 pub fn address(place: usize) -> u64 {
     layout::VIRTIO_MMIO + place as u64 * WINDOW_BYTES
 }
 
-/// What the guest's kernel is told of so many devices.
+/// The slot of the device in a place, by virtio-pci: the host bridge has slot 0.
+pub fn slot(place: usize) -> usize {
+    place + 1
+}
+
+/// What the guest's kernel is told of so many devices behind virtio-mmio.
 pub fn described(devices: usize, notify: Notify) -> Vec<VirtioMmio> {
     let describe = |(place, gsi)| VirtioMmio {
         address: address(place) as u32,
@@ -30,6 +43,23 @@ pub fn described(devices: usize, notify: Notify) -> Vec<VirtioMmio> {
     };
     let places = layout::VIRTIO_GSIS.into_iter().enumerate();
     places.take(devices).map(describe).collect()
+}
+
+/// The addresses for BARs, in a machine with so much memory.
+pub fn windows(memory_bytes: u64) -> [Range<u64>; 2] {
+    [layout::PCI_WINDOW_32, layout::pci_window_64(memory_bytes)]
+}
+
+/// What the guest's kernel is told of a bus with so many devices.
+pub fn root(devices: usize, memory_bytes: u64) -> PciRoot {
+    let pins = layout::VIRTIO_GSIS.into_iter().enumerate();
+    PciRoot {
+        windows: windows(memory_bytes),
+        pins: pins
+            .take(devices)
+            .map(|(place, gsi)| (slot(place) as u8, gsi))
+            .collect(),
+    }
 }
 
 /// A device's queues, from its register side.
@@ -61,62 +91,161 @@ impl Backend for Queues {
     }
 }
 
+/// Where a device is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Place {
+    /// Its first register.
+    Mmio(u64),
+    /// Its slot on the bus.
+    Pci(usize),
+}
+
 /// A device, before it is an actor, and the actors behind it.
 pub struct Placed {
     /// Its register side.
-    pub device: Box<Mmio>,
-    /// Its first register.
-    pub address: u64,
-    /// The line that its state drives, when interrupts go by message.
+    pub device: Box<dyn Device>,
+    /// Where it is.
+    pub place: Place,
+    /// The line that its state drives, if there is one.
     pub line: Option<Box<dyn InterruptLine>>,
     /// Its queues' actors.
     pub queues: Vec<QueueActor>,
 }
 
-/// Connects a device in its place.
+/// What all devices are connected with.
+pub struct Connections<'a, L> {
+    /// The bus, if they are on one.
+    pub bus: Option<&'a Arc<Bus>>,
+    /// How they and drivers notify each other.
+    pub notify: Notify,
+    /// All of the guest's.
+    pub memory: &'a GuestMemoryMmap,
+    /// Interrupts and bells.
+    pub lines: &'a L,
+    /// For their queues' actors.
+    pub log: &'a Logger,
+}
+
+/// One source of interrupts by message.
+pub struct Source {
+    /// The register side's end.
+    pub wire: Box<dyn MessageWire>,
+    /// What an actor behind it can signal by.
+    pub signal: Option<Arc<EventFd>>,
+}
+
+/// Connects devices in their places.
 ///
 /// # Errors
 /// From `lines`.
-pub fn place<L: Lines>(
-    place: usize,
-    opened: Opened,
-    notify: Notify,
-    memory: &GuestMemoryMmap,
-    lines: &L,
-    log: &Logger,
-) -> Result<Placed, L::Error> {
-    let Opened {
-        name,
-        identity,
-        handlers,
-    } = opened;
-    let (address, gsi) = (address(place), layout::VIRTIO_GSIS[place]);
-    let (latch, line) = match notify {
-        Notify::EventFd => (Some(Latch::new(lines.edge_eventfd(gsi)?)), None),
-        Notify::Message => (None, Some(lines.level(gsi)?)),
+pub fn place<L: Lines>(devices: Vec<Opened>, connect: &Connections<'_, L>) -> Result<Vec<Placed>, L::Error> {
+    let Some(bus) = connect.bus else {
+        let devices = devices.into_iter().enumerate();
+        return devices
+            .map(|(place, opened)| connect.mmio(place, opened))
+            .collect();
     };
-    let (mut queues, mut remotes) = (Vec::new(), Vec::new());
-    for (number, handler) in handlers.into_iter().enumerate() {
-        let name = format!("{name}.q{number}");
-        let (actor, remote) = queue_actor(
-            name,
-            number as u16,
-            handler,
-            memory.clone(),
-            latch.clone(),
-            log.clone(),
-        )?;
-        if notify == Notify::EventFd {
-            lines.bell(address + QUEUE_NOTIFY, number as u32, actor.bell())?;
-        }
-        queues.push(actor);
-        remotes.push(remote);
+    let sources = devices.iter().map(|device| 1 + device.handlers.len()).sum();
+    let sources = connect.lines.messages(sources, connect.notify, connect.log)?;
+    let mut sources = sources.into_iter();
+    let mut placed = Vec::with_capacity(devices.len());
+    for (place, opened) in devices.into_iter().enumerate() {
+        let its = sources.by_ref().take(1 + opened.handlers.len()).collect();
+        placed.push(connect.pci(place, opened, bus, its)?);
     }
-    let registers = Registers::new(identity, memory.clone(), Box::new(Queues(remotes)));
-    Ok(Placed {
-        device: Box::new(Mmio::new(name, registers, latch)),
-        address,
-        line,
-        queues,
-    })
+    Ok(placed)
+}
+
+/// A transport by which devices are reached, with what it needs.
+pub fn bus(transport: Transport, memory_bytes: u64) -> Option<Arc<Bus>> {
+    (transport == Transport::Pci).then(|| Bus::new(windows(memory_bytes)))
+}
+
+impl<L: Lines> Connections<'_, L> {
+    /// The actors of a device's queues, and the ways to them.
+    fn queues(
+        &self,
+        opened: Opened,
+        interrupter: impl Fn(usize) -> Option<Interrupter>,
+    ) -> std::io::Result<(Registers, Vec<QueueActor>)> {
+        debug_assert!(opened.handlers.len() <= QueueSet::MOST);
+        let (mut queues, mut remotes) = (Vec::new(), Vec::new());
+        for (number, handler) in opened.handlers.into_iter().enumerate() {
+            let (actor, remote) = queue_actor(
+                format!("{}.q{number}", opened.name),
+                number as u16,
+                handler,
+                self.memory.clone(),
+                interrupter(number),
+                self.log.clone(),
+            )?;
+            queues.push(actor);
+            remotes.push(remote);
+        }
+        let registers = Registers::new(opened.identity, self.memory.clone(), Box::new(Queues(remotes)));
+        Ok((registers, queues))
+    }
+
+    fn mmio(&self, place: usize, opened: Opened) -> Result<Placed, L::Error> {
+        let name = opened.name;
+        let (address, gsi) = (address(place), layout::VIRTIO_GSIS[place]);
+        let (latch, line) = match self.notify {
+            Notify::EventFd => (Some(Latch::new(self.lines.edge_eventfd(gsi)?)), None),
+            Notify::Message => (None, Some(self.lines.level(gsi)?)),
+        };
+        let (registers, queues) = self.queues(opened, |_| latch.clone().map(Interrupter::Latch))?;
+        if self.notify == Notify::EventFd {
+            for (number, actor) in queues.iter().enumerate() {
+                self.lines
+                    .bell(address + QUEUE_NOTIFY, number as u32, actor.bell())?;
+            }
+        }
+        Ok(Placed {
+            device: Box::new(Mmio::new(name, registers, latch)),
+            place: Place::Mmio(address),
+            line,
+            queues,
+        })
+    }
+
+    fn pci(
+        &self,
+        place: usize,
+        opened: Opened,
+        bus: &Arc<Bus>,
+        sources: Vec<Source>,
+    ) -> Result<Placed, L::Error> {
+        let name = opened.name;
+        let msix_word = (self.notify == Notify::EventFd).then(|| Arc::new(MsixWord::new()));
+        let interrupter = |number: usize| {
+            Some(Interrupter::Msix {
+                word: msix_word.clone()?,
+                signal: sources[1 + number].signal.clone()?,
+            })
+        };
+        let (registers, queues) = self.queues(opened, interrupter)?;
+        let doorbells = match self.notify {
+            Notify::EventFd => {
+                let bells = queues.iter().map(|actor| actor.bell().try_clone());
+                self.lines.doorbells(bells.collect::<std::io::Result<_>>()?)?
+            }
+            Notify::Message => Box::new(NoDoorbells),
+        };
+        let slot = slot(place);
+        let wiring = Wiring {
+            bus: bus.clone(),
+            slot,
+            // As firmware would: in the upper window, one behind the other.
+            address: bus.windows()[1].start + place as u64 * BAR_BYTES,
+            wires: sources.into_iter().map(|source| source.wire).collect(),
+            doorbells,
+            msix_word,
+        };
+        Ok(Placed {
+            device: Box::new(Function::new(name, registers, wiring)),
+            place: Place::Pci(slot),
+            line: Some(self.lines.level(layout::VIRTIO_GSIS[place])?),
+            queues,
+        })
+    }
 }

@@ -5,13 +5,18 @@ use crate::boot::entry::{self, EntryPoint};
 use crate::boot::layout;
 use crate::devices::shell::InterruptLine;
 use crate::host::bus::MemoryWatch;
+use crate::machine::msi::{CallWire, IoeventDoorbells, IrqfdWire, Routes};
 use crate::machine::platform::Platform;
 use crate::machine::supervisor::StartError;
+use crate::machine::virtio::Source;
 use crate::machine::{cpuid, memory};
 use crate::vcpu::kvm::KvmBackend;
 use crate::vcpu::power_on::{self, PowerOn};
+use crate::virtio::Notify;
+use crate::virtio::pci::Doorbells;
 use kvm_bindings as kvm;
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use slog::Logger;
 use std::sync::Arc;
 use std::time::Duration;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -47,6 +52,17 @@ pub enum VmError {
         what: String,
         /// Why.
         source: kvm_ioctls::Error,
+    },
+    /// The PCI window is not addressable.
+    #[error(
+        "with --transport pci and this much memory the guest needs physical addresses of {needed} bits, and this \
+         host's processor has {has}; use a smaller --memory or --transport mmio"
+    )]
+    AddressBits {
+        /// Bits.
+        needed: u32,
+        /// Bits.
+        has: u32,
     },
     /// No eventfd.
     #[error("the host gives no eventfd for an interrupt; is the limit of open files (ulimit -n) too low?")]
@@ -357,6 +373,47 @@ impl Vm {
         self.fd
             .register_ioevent(bell, &IoEventAddress::Mmio(address), value)
             .map_err(refused(format!("KVM_IOEVENTFD at {address:#x}")))
+    }
+
+    /// So many sources of interrupts by message. For a machine to be called once, as they share the numbers of interrupts.
+    ///
+    /// # Errors
+    /// See [`VmError`].
+    pub fn messages(&self, count: usize, notify: Notify, log: &Logger) -> Result<Vec<Source>, VmError> {
+        if notify == Notify::Message {
+            let call = || Source {
+                wire: Box::new(CallWire::new(&self.fd)),
+                signal: None,
+            };
+            return Ok(std::iter::repeat_with(call).take(count).collect());
+        }
+        let wires = Routes::wires(&self.fd, &interrupt_routes(), count, log).map_err(VmError::EventFd)?;
+        let source = |wire: IrqfdWire| Source {
+            signal: Some(wire.signal()),
+            wire: Box::new(wire),
+        };
+        Ok(wires.into_iter().map(source).collect())
+    }
+
+    /// Doorbells of a device's queues.
+    pub fn doorbells(&self, bells: Vec<EventFd>) -> Box<dyn Doorbells> {
+        Box::new(IoeventDoorbells::new(&self.fd, bells))
+    }
+
+    /// Makes sure that the guest can address this. [SDM 2A: CPUID 80000008H]
+    ///
+    /// # Errors
+    /// [`VmError::AddressBits`].
+    pub fn check_addresses(&self, last: u64) -> Result<(), VmError> {
+        let mut leaves = self.cpuid.as_slice().iter();
+        let leaf = leaves.find(|entry| entry.function == 0x8000_0008);
+        // What a processor without the leaf has.
+        let has = leaf.map_or(36, |entry| entry.eax & 0xff);
+        let needed = u64::BITS - last.leading_zeros();
+        if needed > has {
+            return Err(VmError::AddressBits { needed, has });
+        }
+        Ok(())
     }
 
     /// A level-triggered interrupt line: what the ACPI SCI has.

@@ -1,11 +1,11 @@
 //! Which virtio devices a machine has: what the user says, and what is opened on the host for it before anything of the
 //! machine is made.
 
-use super::Notify;
 use super::block::{self, Block, DiskConfig, Image, ImageError};
 use super::queue::Handler;
 use super::registers::Identity;
 use super::rng::{self, Rng};
+use super::{Notify, Transport};
 use slog::Logger;
 use std::io;
 use std::sync::Arc;
@@ -20,6 +20,8 @@ pub struct VirtioConfig {
     pub disks: Vec<DiskConfig>,
     /// An entropy device.
     pub rng: bool,
+    /// How drivers get at them.
+    pub transport: Transport,
     /// How notifications travel.
     pub notify: Notify,
 }

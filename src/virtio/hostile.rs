@@ -3,13 +3,18 @@
 
 use super::block::image::tests::Scratch;
 use super::block::{Block, Image};
+use super::pci::layout;
 use super::queue::Handler;
 use super::rng::Rng;
 use super::testing::{
     AVAILABLE, DESCRIPTORS, INDIRECT, MEMORY_BYTES, NEXT, Outcome, R, Rig, USED, W, WRITE, kept_log,
 };
 use crate::devices::shell::DeviceMessage;
-use crate::devices::{Access, BackendEvent, Device, Width};
+use crate::devices::testing::FakeContext;
+use crate::devices::{Access, BackendEvent, Device, Queues, Width};
+use crate::pci::decode::{Functions, Window};
+use crate::pci::{BAR, CONFIG};
+use crate::vcpu::route::Decode;
 use crossbeam_channel::{Receiver, bounded};
 use proptest::prelude::*;
 use slog::{Logger, o};
@@ -311,12 +316,13 @@ enum Act {
     Reset,
 }
 
-fn act() -> impl Strategy<Value = Act> {
-    let width = prop_oneof![6 => Just(Width::Dword), 1 => Just(Width::Byte), 1 => Just(Width::Word), 1 => Just(Width::Qword)];
-    let offset =
-        prop_oneof![8 => (0..0x50u64).prop_map(|word| word * 4), 1 => 0..0x1100u64, 1 => any::<u64>()];
+/// Any of it, with offsets mostly as they are given.
+fn act(offset: impl Strategy<Value = u64> + Clone + 'static) -> impl Strategy<Value = Act> {
+    let width = prop_oneof![6 => Just(Width::Dword), 2 => Just(Width::Byte), 3 => Just(Width::Word), 1 => Just(Width::Qword)];
+    let offset = prop_oneof![19 => offset, 1 => any::<u64>()];
     let value = prop_oneof![
-        4 => 0..4u64, 3 => Just(0xf), 2 => Just(0xb), 2 => (0..0x100u64).prop_map(|page| page << 12), 1 => any::<u64>()
+        4 => 0..4u64, 3 => Just(0xf), 2 => Just(0xb), 2 => (0..0x100u64).prop_map(|page| page << 12),
+        2 => Just(u64::MAX), 1 => any::<u64>()
     ];
     prop_oneof![
         4 => (offset.clone(), width.clone()).prop_map(|(offset, width)| Act::Read(offset, width)),
@@ -326,6 +332,51 @@ fn act() -> impl Strategy<Value = Act> {
         1 => Just(Act::Resume),
         1 => Just(Act::Reset),
     ]
+}
+
+/// Registers of virtio-mmio.
+fn mmio_offset() -> impl Strategy<Value = u64> + Clone {
+    prop_oneof![8 => (0..0x50u64).prop_map(|word| word * 4), 1 => 0..0x1100u64]
+}
+
+/// Configuration space and BAR of virtio-pci.
+fn pci_offset() -> impl Strategy<Value = u64> + Clone {
+    let config = prop_oneof![
+        3 => Just(4u64), 2 => (4..6u64).prop_map(|bar| bar * 4), 4 => 0..0x100u64, 1 => 0..0x1100u64
+    ]
+    .prop_map(|register| CONFIG + register);
+    let common = 0..0x3au64;
+    let table = (0..16u64).prop_map(|word| layout::TABLE + 4 * word);
+    let others = prop_oneof![
+        Just(layout::ISR),
+        Just(layout::PENDING),
+        layout::NOTIFY..layout::NOTIFY + 12,
+        0..0x9000u64
+    ];
+    let bar = prop_oneof![6 => common, 2 => table, 1 => others].prop_map(|offset| BAR + offset);
+    prop_oneof![2 => config, 3 => bar]
+}
+
+fn perform(device: &mut dyn Device, cx: &mut FakeContext, act: &Act) {
+    match *act {
+        Act::Read(offset, width) => {
+            device.read(cx, Access { offset, width });
+        }
+        Act::Write(offset, width, value) => {
+            device.write(cx, Access { offset, width }, value & width.all_ones())
+        }
+        Act::News(life, broken) => {
+            let event = if broken {
+                BackendEvent::Broken
+            } else {
+                BackendEvent::Used(Queues(life.into()))
+            };
+            device.backend_news(cx, super::BackendNews::new(life, event));
+        }
+        Act::Pause => device.pause(cx),
+        Act::Resume => device.resume(cx),
+        Act::Reset => device.reset(cx),
+    }
 }
 
 proptest! {
@@ -352,26 +403,12 @@ proptest! {
     }
 
     #[test]
-    fn any_registers_in_any_order_are_survived(acts in prop::collection::vec(act(), 0..200)) {
+    fn any_registers_in_any_order_are_survived(acts in prop::collection::vec(act(mmio_offset()), 0..200)) {
         for latched in [false, true] {
             let (mut device, calls) = super::testing::mmio(latched);
-            let mut cx = crate::devices::testing::FakeContext::new();
+            let mut cx = FakeContext::new();
             for act in &acts {
-                match *act {
-                    Act::Read(offset, width) => {
-                        device.read(&mut cx, Access { offset, width });
-                    }
-                    Act::Write(offset, width, value) => {
-                        device.write(&mut cx, Access { offset, width }, value & width.all_ones());
-                    }
-                    Act::News(life, broken) => {
-                        let event = if broken { BackendEvent::Broken } else { BackendEvent::Used };
-                        device.backend_news(&mut cx, super::BackendNews::new(life, event));
-                    }
-                    Act::Pause => device.pause(&mut cx),
-                    Act::Resume => device.resume(&mut cx),
-                    Act::Reset => device.reset(&mut cx),
-                }
+                perform(&mut device, &mut cx, act);
                 // Every queue that is started was stopped before, and is within memory.
                 let _ = calls.try_iter().count();
             }
@@ -382,6 +419,48 @@ proptest! {
                 prop_assert_eq!(device.read(&mut cx, access), new.read(&mut cx, access), "{:#x}", offset);
             }
             prop_assert!(!device.interrupt());
+        }
+    }
+
+    #[test]
+    fn any_registers_of_a_function_in_any_order_are_survived(acts in prop::collection::vec(act(pci_offset()), 0..200)) {
+        let (mut device, seen) = super::testing::pci();
+        let mut cx = FakeContext::new();
+        let mut places = vec![super::testing::ADDRESS];
+        for act in &acts {
+            perform(&mut device, &mut cx, act);
+            let _ = seen.calls.try_iter().count();
+            // Messages go to local APICs, doorbells are in windows.
+            for (_, message) in seen.sent.try_iter() {
+                prop_assert_eq!(message.address >> 20 & 0xfff, 0xfee);
+            }
+            for start in seen.doorbells.try_iter().flatten() {
+                places.push(start - layout::NOTIFY);
+                prop_assert!(seen.bus.windows().iter().any(|window| window.contains(&start)));
+            }
+        }
+        device.reset(&mut cx);
+        let (mut new, _seen) = super::testing::pci();
+        let config = (0..0x100).map(|register| (CONFIG + register, Width::Byte));
+        let bar = (0..0x8000 / 4).map(|word| (BAR + 4 * word, Width::Dword));
+        let common = (0..0x38).flat_map(|offset| [(BAR + offset, Width::Byte), (BAR + offset, Width::Word)]);
+        for (offset, width) in config.chain(bar).chain(common) {
+            let access = Access { offset, width };
+            prop_assert_eq!(device.read(&mut cx, access), new.read(&mut cx, access), "{:#x}", offset);
+        }
+        prop_assert!(!device.interrupt());
+        prop_assert_eq!(seen.sent.try_iter().count(), 0);
+        // Nothing of it is decoded any more.
+        let device = (1, 0, layout::BAR_BYTES);
+        for window in seen.bus.windows() {
+            let decode = Window {
+                bus: seen.bus.clone(),
+                functions: Functions { bridge: 0, others: vec![device] },
+                start: window.start,
+            };
+            for offset in places.iter().filter_map(|place| place.checked_sub(window.start)) {
+                prop_assert_eq!(decode.decode(Access { offset, width: Width::Byte }), None);
+            }
         }
     }
 }

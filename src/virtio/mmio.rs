@@ -206,7 +206,7 @@ impl Device for Mmio {
 
     fn backend_news(&mut self, _cx: &mut dyn Context, news: BackendNews) {
         match self.registers.news(news) {
-            Some(BackendEvent::Used) => self.raise(USED),
+            Some(BackendEvent::Used(_)) => self.raise(USED),
             Some(BackendEvent::Broken | BackendEvent::Reconfigured) => self.raise(CONFIGURATION),
             None => {}
         }
@@ -217,11 +217,11 @@ impl Device for Mmio {
     }
 
     fn pause(&mut self, _cx: &mut dyn Context) {
-        self.registers.pause();
+        self.registers.suspend(true);
     }
 
     fn resume(&mut self, _cx: &mut dyn Context) {
-        self.registers.resume();
+        self.registers.suspend(false);
     }
 
     fn reset(&mut self, _cx: &mut dyn Context) {
@@ -231,6 +231,7 @@ impl Device for Mmio {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Queues;
     use super::super::registers::status;
     use super::super::testing::{Call, mmio};
     use super::*;
@@ -342,7 +343,7 @@ mod tests {
     fn the_line_is_up_from_the_news_to_the_acknowledgement() {
         let mut driver = Driver::new(false);
         driver.start();
-        driver.news(BackendEvent::Used);
+        driver.news(BackendEvent::Used(Queues::one(0)));
         assert!(driver.device.interrupt());
         driver.news(BackendEvent::Broken);
         assert_eq!((driver.read(0x60), driver.read(0x70)), (3, 0x4f));

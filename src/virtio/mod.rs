@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   vCPU ──access──▶ register side ──start, ring, stop──▶ queue's actor ──▶ host file, random source, …
-//!    ▲               (mmio.rs, registers.rs)   (queue.rs)      │
+//!    ▲             (mmio.rs or pci/, registers.rs) (queue.rs)   │
 //!    │                      ▲────────news, when by message─────┤
 //!    └──────────irqfd───────────────(interrupt.rs)─────────────┘
 //! ```
@@ -11,10 +11,11 @@
 //! |---|---|
 //! | status, features, queues: what any transport has | `registers.rs` |
 //! | virtio-mmio's registers | `mmio.rs` |
+//! | virtio-pci: a function of [`crate::pci`]'s bus | `pci/` |
 //! | a queue's actor | `queue.rs` |
 //! | who may touch guest memory, and how it is taken back | `lease.rs` |
 //! | descriptor chains from a guest, and back | `chain.rs`, `used.rs` |
-//! | interrupts by irqfd | `interrupt.rs` |
+//! | interrupts that queues' actors raise themselves | `interrupt.rs` |
 //! | the devices | `rng.rs`, `block/` |
 //! | what the user says, and what is opened for it | `config.rs` |
 //!
@@ -29,6 +30,7 @@ mod hostile;
 pub mod interrupt;
 pub mod lease;
 pub mod mmio;
+pub mod pci;
 pub mod queue;
 pub mod registers;
 pub mod rng;
@@ -43,7 +45,7 @@ pub const CHUNK_BYTES: usize = 128 << 10;
 /// How long a queue is, descriptors. As other VMMs have it; a power of 2.
 pub const QUEUE_SIZE: u16 = 256;
 
-pub use crate::devices::{BackendEvent, BackendNews};
+pub use crate::devices::{BackendEvent, BackendNews, Queues};
 
 /// How the driver's and the device's notifications travel.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Hash)]
@@ -53,6 +55,28 @@ pub enum Notify {
     EventFd,
     /// Both through the register side, as messages.
     Message,
+}
+
+/// How a driver finds a device and gets at its registers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Hash)]
+pub enum Transport {
+    /// virtio-mmio: a page of registers each, described in the DSDT.
+    #[default]
+    Mmio,
+    /// virtio-pci: a function each on a PCI bus.
+    Pci,
+}
+
+impl std::str::FromStr for Transport {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "mmio" => Ok(Transport::Mmio),
+            "pci" => Ok(Transport::Pci),
+            _ => Err(format!("'{text}' is no transport; there are mmio and pci")),
+        }
+    }
 }
 
 impl std::str::FromStr for Notify {

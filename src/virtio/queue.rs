@@ -14,10 +14,10 @@
 
 use super::chain::{Chain, Fault, Malformed};
 use super::complaints::Complaints;
-use super::interrupt::{self, Latch};
+use super::interrupt::Interrupter;
 use super::lease::{Epoch, Lessee, Lessor, Refused, Touch, lease};
 use super::used::{give_back, put_back};
-use super::{BackendEvent, BackendNews, CHUNK_BYTES};
+use super::{BackendEvent, BackendNews, CHUNK_BYTES, Queues};
 use crate::actors::{Rank, RankGuard};
 use crate::devices::shell::DeviceMessage;
 use crate::host::events::Tell;
@@ -270,7 +270,7 @@ pub struct QueueActor {
     guest: Guest,
     starts: Receiver<Start>,
     /// `None`: interrupts go by message.
-    latch: Option<Latch>,
+    interrupter: Option<Interrupter>,
     queue_number: u16,
     log: Logger,
 }
@@ -284,7 +284,7 @@ pub fn queue_actor(
     queue_number: u16,
     handler: Box<dyn Handler>,
     memory: GuestMemoryMmap,
-    latch: Option<Latch>,
+    interrupter: Option<Interrupter>,
     log: Logger,
 ) -> std::io::Result<(QueueActor, Remote)> {
     let bell = Arc::new(EventFd::new(libc::EFD_NONBLOCK)?);
@@ -300,7 +300,7 @@ pub fn queue_actor(
             ending: Arc::new(AtomicBool::new(false)),
         },
         starts: inbox.clone(),
-        latch,
+        interrupter,
         queue_number,
         log,
     };
@@ -369,7 +369,7 @@ impl QueueActor {
             guest: self.guest,
             starts: self.starts,
             signal: Signal {
-                latch: self.latch,
+                interrupter: self.interrupter,
                 tell,
                 untold: None,
                 unconfigured: None,
@@ -395,9 +395,9 @@ impl QueueActor {
 
 /// How the driver is told.
 struct Signal {
-    latch: Option<Latch>,
+    interrupter: Option<Interrupter>,
     tell: Box<dyn Tell>,
-    /// What the register side's mailbox had no room for. The later of two says all.
+    /// What the register side's mailbox had no room for.
     untold: Option<BackendNews>,
     /// The same of changes of the configuration.
     unconfigured: Option<BackendNews>,
@@ -405,10 +405,8 @@ struct Signal {
 
 impl Signal {
     fn tell(&mut self, life: u32, event: BackendEvent) {
-        // That the device is broken must not be forgotten for a used buffer.
-        let broken = self.untold == Some(BackendNews::new(life, BackendEvent::Broken));
-        let event = if broken { BackendEvent::Broken } else { event };
-        self.untold = Some(BackendNews::new(life, event));
+        let news = BackendNews::new(life, event);
+        self.untold = Some(self.untold.map_or(news, |earlier| earlier.and(news)));
         self.again();
     }
 
@@ -485,14 +483,16 @@ impl Running {
 
     /// Tells the driver that the configuration has changed, unless it is gone: then it looks anyway.
     fn tell_change(&mut self, epoch: Epoch, life: u32) {
-        match &self.signal.latch {
-            Some(latch) => {
-                // Under the lease, so that no bit is set after a reset has cleared them.
-                if let Ok(_touch) = self.guest.touch(epoch) {
-                    latch.raise(interrupt::CONFIGURATION);
-                }
-            }
-            None => self.signal.tell_change(life),
+        // Under the lease, so that nothing is raised after a reset has cleared what is.
+        let told = match &self.signal.interrupter {
+            Some(interrupter) => match self.guest.touch(epoch) {
+                Ok(_touch) => interrupter.configuration(),
+                Err(_) => true,
+            },
+            None => false,
+        };
+        if !told {
+            self.signal.tell_change(life);
         }
     }
 
@@ -529,14 +529,13 @@ impl Running {
             };
             let touch = self.guest.touch(*epoch)?;
             let notify = give_back(queue, &self.guest.memory, &self.chain, used).map_err(broken)?;
-            // Under the lease, so that no bit is set after a reset has cleared them.
-            if notify && let Some(latch) = &self.signal.latch {
-                latch.raise(interrupt::USED);
-            }
+            // Under the lease, so that nothing is raised after a reset has cleared what is.
+            let by_message = notify && !self.signal.interrupter.as_ref().is_some_and(Interrupter::used);
             // Not under the lease: the register side may wait for it while it has the mailbox.
             drop(touch);
-            if notify && self.signal.latch.is_none() {
-                self.signal.tell(*life, BackendEvent::Used);
+            if by_message {
+                let this = Queues::one(self.queue_number.into());
+                self.signal.tell(*life, BackendEvent::Used(this));
             }
         }
     }

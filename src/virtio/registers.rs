@@ -173,6 +173,8 @@ pub struct Registers {
     queues: Vec<QueueSetup>,
     /// Counts starts, so that news from before a reset can be told.
     life: u32,
+    /// Guest memory may not be touched: the machine is paused, or the transport says so.
+    suspended: bool,
 }
 
 impl Registers {
@@ -186,6 +188,7 @@ impl Registers {
             status: 0,
             driver_features: 0,
             life: 0,
+            suspended: false,
         }
     }
 
@@ -229,6 +232,11 @@ impl Registers {
         self.status
     }
 
+    /// What the driver accepts.
+    pub fn driver_features(&self) -> u64 {
+        self.driver_features
+    }
+
     /// Replaces 32 bits of what the driver accepts. Ignored once features are agreed on.
     pub fn set_driver_features(&mut self, high: bool, bits: u32) {
         if self.status & status::FEATURES_OK != 0 {
@@ -263,7 +271,8 @@ impl Registers {
         self.driver_features & !self.device_features() == 0 && self.driver_features & VERSION_1 != 0
     }
 
-    fn live(&self) -> bool {
+    /// Whether queues are served.
+    pub fn live(&self) -> bool {
         self.status & (status::DRIVER_OK | status::DEVICE_NEEDS_RESET) == status::DRIVER_OK
     }
 
@@ -281,6 +290,9 @@ impl Registers {
         self.life = self.life.wrapping_add(1);
         for (index, queue) in queues {
             self.backend.start(index, queue, features, self.life);
+        }
+        if self.suspended {
+            self.backend.suspend();
         }
         false
     }
@@ -347,14 +359,13 @@ impl Registers {
         Some(news.event)
     }
 
-    /// The machine is paused: when this returns, nobody touches guest memory for this device.
-    pub fn pause(&mut self) {
-        self.backend.suspend();
-    }
-
-    /// The machine goes on.
-    pub fn resume(&mut self) {
-        self.backend.resume();
+    /// Whether guest memory may not be touched for this device. When this returns, nobody does if so.
+    pub fn suspend(&mut self, suspended: bool) {
+        self.suspended = suspended;
+        match suspended {
+            true => self.backend.suspend(),
+            false => self.backend.resume(),
+        }
     }
 }
 
@@ -418,6 +429,7 @@ mod tests {
         registers.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK);
     }
 
+    const USED_0: crate::devices::Queues = crate::devices::Queues(1);
     const ALL: u8 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
 
     #[test]
@@ -528,8 +540,8 @@ mod tests {
         };
         let first = start(&mut registers);
         assert_eq!(
-            registers.news(BackendNews::new(first, BackendEvent::Used)),
-            Some(BackendEvent::Used)
+            registers.news(BackendNews::new(first, BackendEvent::Used(USED_0))),
+            Some(BackendEvent::Used(USED_0))
         );
         registers.set_status(0);
         let stopped = calls.try_iter().filter(|call| matches!(call, Call::Stop(_)));

@@ -1,14 +1,18 @@
 //! The driver's side, for tests: guest memory with one queue in it, and register sides without actors behind.
 
-use super::interrupt::Latch;
+use super::interrupt::{Latch, MsixWord};
 use super::mmio::Mmio;
+use super::pci::{Doorbells, Function, Wiring};
 use super::queue::{Handler, QueueHandle, Remote, queue_actor};
 use super::registers::{Backend, Identity, Registers};
 use super::{BackendEvent, QUEUE_SIZE};
 use crate::devices::shell::DeviceMessage;
 use crate::host::events::Tell;
+use crate::pci::decode::Bus;
+use crate::pci::msix::{Message, MessageWire};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use slog::{Drain, Logger, OwnedKVList, Record, o};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -73,21 +77,112 @@ pub fn recorded() -> (Box<dyn Backend>, Receiver<Call>) {
     (Box::new(Recorded(calls)), made)
 }
 
-/// A register side with two queues and some configuration, and what it asks of its queues. `latched`: with an irqfd.
-pub fn mmio(latched: bool) -> (Mmio, Receiver<Call>) {
-    let (backend, calls) = recorded();
-    let identity = Identity {
+fn identity() -> Identity {
+    Identity {
         device_type: 2,
         features: 1 << 9,
         configuration: (0..60).collect(),
         published: None,
         queues: 2,
-    };
+    }
+}
+
+/// A register side with two queues and some configuration, and what it asks of its queues. `latched`: with an irqfd.
+pub fn mmio(latched: bool) -> (Mmio, Receiver<Call>) {
+    let (backend, calls) = recorded();
     let latch = latched.then(|| Latch::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()));
     (
-        Mmio::new("virtio", Registers::new(identity, memory(), backend), latch),
+        Mmio::new("virtio", Registers::new(identity(), memory(), backend), latch),
         calls,
     )
+}
+
+/// A wire that tells what it sends.
+struct ToldWire {
+    source: usize,
+    to: Option<Message>,
+    pending: bool,
+    sent: Sender<(usize, Message)>,
+}
+
+impl MessageWire for ToldWire {
+    fn aim(&mut self, to: Option<Message>) {
+        assert_ne!(to, self.to, "changes only");
+        self.to = to;
+        if to.is_some() && std::mem::take(&mut self.pending) {
+            self.signal();
+        }
+    }
+    fn signal(&mut self) {
+        match self.to {
+            Some(message) => drop(self.sent.send((self.source, message))),
+            None => self.pending = true,
+        }
+    }
+    fn is_pending(&self) -> bool {
+        self.pending
+    }
+    fn forget(&mut self) {
+        self.pending = false;
+    }
+}
+
+/// Doorbells that tell where they are.
+struct ToldDoorbells(Sender<Option<u64>>);
+
+impl Doorbells for ToldDoorbells {
+    fn place(&mut self, registers: Option<u64>) {
+        let _ = self.0.send(registers);
+    }
+}
+
+/// What can be seen of a function from outside.
+pub struct Seen {
+    /// What it asks of its queues.
+    pub calls: Receiver<Call>,
+    /// Messages, with their sources.
+    pub sent: Receiver<(usize, Message)>,
+    /// Where its doorbells were put.
+    pub doorbells: Receiver<Option<u64>>,
+    /// Its bus.
+    pub bus: Arc<Bus>,
+}
+
+/// The slot of [`pci`].
+pub const SLOT: usize = 1;
+/// Where its BAR is at power-on.
+pub const ADDRESS: u64 = 0x1_0000_8000;
+
+/// The same device as of [`mmio`], as a function.
+pub fn pci() -> (Function, Seen) {
+    let (backend, calls) = recorded();
+    let (tell, sent) = unbounded();
+    let wire = |source| {
+        Box::new(ToldWire {
+            source,
+            to: None,
+            pending: false,
+            sent: tell.clone(),
+        }) as Box<dyn MessageWire>
+    };
+    let (place, doorbells) = unbounded();
+    let bus = Bus::new([0xc000_0000..0xe000_0000, 0x1_0000_0000..0x2_0000_0000]);
+    let wiring = Wiring {
+        bus: bus.clone(),
+        slot: SLOT,
+        address: ADDRESS,
+        wires: (0..3).map(wire).collect(),
+        doorbells: Box::new(ToldDoorbells(place)),
+        msix_word: Some(Arc::new(MsixWord::new())),
+    };
+    let registers = Registers::new(identity(), memory(), backend);
+    let seen = Seen {
+        calls,
+        sent,
+        doorbells,
+        bus,
+    };
+    (Function::new("virtio_pci", registers, wiring), seen)
 }
 
 struct Kept(Sender<String>);
