@@ -12,8 +12,14 @@ use crate::kernel::Kernel;
 use crate::process;
 
 const BUSYBOX: &str = "/bin/busybox";
-/// What a guest may load: panics are told to the VMM through pvpanic; virtio's transport and devices.
-const GUEST_MODULES: [&str; 4] = ["pvpanic_mmio", "virtio_mmio", "virtio_blk", "virtio_rng"];
+/// What a guest may load: panics are told to the VMM through pvpanic; virtio's transports and devices.
+const GUEST_MODULES: [&str; 5] = [
+    "pvpanic_mmio",
+    "virtio_mmio",
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_rng",
+];
 /// KVM for AMD processors, which is what QEMU can emulate.
 const HOST_MODULES: [&str; 1] = ["kvm_amd"];
 /// What QEMU's microvm reads at start.
