@@ -2,9 +2,9 @@
 //! whose speed drifts; `actor-vmm`'s claims are ratios, never times.
 //!
 //! `cargo bench --bench actors`. The mutex is std's, uncontended: the best case of a lock.
-#![allow(clippy::disallowed_types, reason = "a lock baseline")]
 
 use actor_vmm::actors::{Actor, Address, Placement, Rank};
+use actor_vmm::baselines::mutex::{Mutex, Std};
 use actor_vmm::clock::Clock;
 use actor_vmm::devices::acpi_pm::PmTimer;
 use actor_vmm::devices::shell::{Shell, Surroundings};
@@ -12,7 +12,7 @@ use actor_vmm::devices::{Access, AccessClass, Context, Device, Direction, Width}
 use actor_vmm::vcpu::route::{Accesses, Route, RoutingTable, Space, Target};
 use criterion::{Criterion, criterion_group, criterion_main};
 use std::hint::black_box;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 /// Adds up what it gets.
 struct Sum(u64);
@@ -58,9 +58,9 @@ impl Device for Register {
 
 fn mailbox(c: &mut Criterion) {
     let mut group = c.benchmark_group("mailbox");
-    let locked = Mutex::new(Sum(0));
+    let locked = <Std<Sum> as Mutex<Sum>>::new(Sum(0));
     group.bench_function("std mutex, uncontended", |b| {
-        b.iter(|| locked.lock().expect("never poisoned").add(black_box(1)));
+        b.iter(|| Mutex::lock(&locked).add(black_box(1)));
     });
     let spawned = Address::spawn(Sum(0), "sum", Placement::Handoff, 1, |_| {}).expect("no thread is started");
     let mut port = spawned.address.connect().expect("one lane");

@@ -358,6 +358,59 @@ fn a_full_disk_loses_output_and_nothing_else() {
 }
 
 #[test]
+fn a_limit_of_file_size_is_an_error_of_the_write() {
+    if !have_kvm() {
+        return;
+    }
+    let place = Place::with_kernel(guest::talk());
+    let limited = |words: &str| {
+        let script = format!("ulimit -f 1; exec \"$0\" run {words} --log-level error");
+        finish(&mut place.command_of("sh", ["-c", &script, PROGRAM]))
+    };
+    let ended = limited("--kernel k --console file:console");
+    assert_eq!(ended.status, GUEST_EXIT, "{}", ended.stderr);
+    assert!(
+        ended
+            .stderr
+            .contains("output to console is lost from here on: File too large")
+            && ended.stderr.lines().count() == 1,
+        "{}",
+        ended.stderr
+    );
+    assert!(place.read("console").starts_with(b"up\naaaa"));
+    let ended = limited("--kernel k --memory-backing memfd");
+    assert_refused(&ended, HOST_TROUBLE, &["File too large", "ulimit -f"]);
+}
+
+#[test]
+fn a_console_does_not_write_over_what_the_machine_is_made_of() {
+    let place = Place::with_kernel(guest::exit());
+    place.file("initrd", b"not one").file("disk", &[1; 4096]);
+    std::fs::hard_link(place.path().join("k"), place.path().join("another name")).unwrap();
+    let before = place.content();
+    for (words, user, path) in [
+        ("--console file:k", "--kernel", "k"),
+        ("--debug-console file:./initrd", "--initrd", "./initrd"),
+        ("--console file:disk --disk path=disk", "--disk", "disk"),
+    ] {
+        let ended = place.run(&format!("run --kernel k --initrd initrd {words}"));
+        assert_refused(&ended, BAD_INPUT, &["would write over", user, path]);
+    }
+    let by_link = place.command_of(
+        PROGRAM,
+        ["run", "--kernel", "k", "--console", "file:another name"],
+    );
+    assert_refused(
+        &finish(&mut { by_link }),
+        BAD_INPUT,
+        &["would write over another name"],
+    );
+    let ended = place.run("run --kernel k --console file:new --debug-console file:./new");
+    assert_refused(&ended, BAD_INPUT, &["both go to new"]);
+    assert_eq!(place.content(), before, "something was written");
+}
+
+#[test]
 fn a_full_file_system_keeps_what_fitted() {
     if !have_kvm() {
         return;
@@ -1034,5 +1087,6 @@ fn a_pty_console_that_nobody_reads_does_not_hold_up_the_end() {
 fn plain(words: &str, place: &Place) -> Command {
     let mut command = Command::new(PROGRAM);
     command.args(words.split_whitespace()).current_dir(place.path());
+    process::hang_up_by_default(&mut command);
     command
 }

@@ -552,8 +552,8 @@ const RAISE: &str = "out 3fc 1 8\nout 3f9 1 2\n";
 #[derive(Clone)]
 enum Line {
     Panics,
-    /// Until the sender is dropped.
-    Waits(Receiver<()>),
+    /// Says so, and waits until the sender is dropped.
+    Waits(Sender<()>, Receiver<()>),
 }
 
 impl Lines for Line {
@@ -576,7 +576,10 @@ impl InterruptLine for Line {
     fn set(&mut self, _: bool) {
         match self {
             Line::Panics => panic!("a test's line"),
-            Line::Waits(until) => drop(until.recv()),
+            Line::Waits(began, until) => {
+                let _ = began.try_send(());
+                let _ = until.recv();
+            }
         }
     }
 }
@@ -615,25 +618,51 @@ fn a_device_that_panics_is_named_reads_all_ones_and_the_machine_goes_on() {
     }
 }
 
+/// A script that begins when something has happened.
+struct After {
+    after: Option<Receiver<()>>,
+    script: Script,
+}
+
+impl Source for After {
+    fn next(&mut self) -> Option<Step> {
+        if let Some(after) = self.after.take() {
+            let _ = after.recv_timeout(LIMIT);
+        }
+        self.script.next()
+    }
+
+    fn seen(&mut self, step: &Step, value: u64) {
+        self.script.seen(step, value);
+    }
+}
+
 #[test]
 fn a_vcpu_stuck_in_a_device_is_named_with_it_and_does_not_hold_up_the_end() {
     for kind in [PlacementKind::Handoff, PlacementKind::Thread, PlacementKind::Pool] {
         for end in ["out f4 1 6", "shutdown", ""] {
             let (release, until) = bounded::<()>(0);
+            let (began, is_stuck) = bounded::<()>(1);
             let given = Given {
                 dispatch: Dispatch::Actor,
                 placements: vec![("serial0".into(), kind)],
                 timeout: if end.is_empty() {
-                    Duration::from_millis(300)
+                    Duration::from_secs(1)
                 } else {
                     LIMIT
                 },
-                lines: Line::Waits(until),
+                lines: Line::Waits(began, until),
             };
-            // The second vCPU does something else, and ends the machine some time later.
+            // The second vCPU begins when the device is stuck, and ends the machine some time later: what the first one
+            // does next is to wait for it.
             let other = format!("{}{end}", "in 1f0 1 ff\n".repeat(20_000));
             let stuck = format!("out 3f8 1 61\n{RAISE}in 3fd 1");
-            let (ran, _) = run_given(&[&stuck, &other], &given);
+            let script = |text: &str| Script::new(Script::parse(text).unwrap()).0;
+            let after = |after, text: &str| After {
+                after,
+                script: script(text),
+            };
+            let ran = run_sources(vec![after(None, &stuck), after(Some(is_stuck), &other)], &given);
             assert_eq!(
                 ran.outcome.status(),
                 [13, 12, 16][["out f4 1 6", "shutdown", ""]

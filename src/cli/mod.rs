@@ -18,6 +18,7 @@ use crate::virtio::block::DiskConfig;
 use crate::virtio::config::VirtioConfig;
 use crate::virtio::{Notify, Transport};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use nix::sys::signal::{SigHandler, Signal};
 use slog::{Level, info};
 use std::error::Error;
 use std::path::PathBuf;
@@ -66,10 +67,10 @@ struct Run {
     #[arg(conflicts_with_all = ["kernel", "initrd", "cmdline", "boot", "unpack", "demo"])]
     guest: Option<Guest>,
     /// Number of vCPUs
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
     cpus: usize,
     /// Guest memory, as 512M, 4.5G or a number of bytes
-    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_memory)]
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_memory, allow_negative_numbers = true)]
     memory: u64,
     /// What guest memory is made of
     #[arg(long, value_enum, value_name = "WHAT", default_value_t = MemoryBacking::Auto)]
@@ -125,7 +126,7 @@ struct Run {
     #[arg(long, hide = true)]
     test_tarpit: bool,
     /// Ends the machine after this many seconds
-    #[arg(long, value_name = "SECS", value_parser = parse_seconds)]
+    #[arg(long, value_name = "SECS", value_parser = parse_seconds, allow_negative_numbers = true)]
     timeout: Option<Duration>,
 }
 
@@ -202,7 +203,7 @@ fn parse_seconds(text: &str) -> Result<Duration, String> {
         .map_err(|_| "expected a number of seconds".to_string())?;
     match Duration::try_from_secs_f64(seconds) {
         Ok(duration) if !duration.is_zero() => Ok(duration),
-        _ => Err("expected a number of seconds above 0".into()),
+        _ => Err("expected a number of seconds above 0, and at most 1e19".into()),
     }
 }
 
@@ -316,12 +317,17 @@ fn chain(error: &dyn Error) -> String {
 }
 
 fn complain(text: &str, status: u8) -> u8 {
-    hostlog::print(&format!("actor-vmm: {text}"));
+    // One line, whatever the name of a file has in it.
+    let line = text.replace(char::is_control, "\u{fffd}");
+    hostlog::print(&format!("actor-vmm: {line}"));
     status
 }
 
 /// The program.
 pub fn main() -> ExitCode {
+    // A write beyond `ulimit -f` is an error of that write, as one on a full disk is.
+    // SAFETY: no handler of ours is there to be replaced, and SIG_IGN runs no code.
+    let _ = unsafe { nix::sys::signal::signal(Signal::SIGXFSZ, SigHandler::SigIgn) };
     // A panic is a bug of ours. It must not leave the terminal raw, and says so in one line.
     std::panic::set_hook(Box::new(|panic| {
         // Actors contain theirs; the terminal stays theirs then. Others end the program.

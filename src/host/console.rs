@@ -4,11 +4,12 @@ use nix::fcntl::OFlag;
 use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
 use nix::sys::stat::{SFlag, fstat};
 use nix::sys::termios::{self, SetArg};
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::IsTerminal;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 /// What `--console` says.
@@ -64,6 +65,16 @@ pub enum ConsoleError {
     /// Two consoles on one place.
     #[error("--console and --debug-console both go to {0}; send one of them elsewhere")]
     Same(String),
+    /// It would be written over.
+    #[error("{option} would write over {path}, which is the file of {user}; send it elsewhere")]
+    Used {
+        /// The console's option.
+        option: &'static str,
+        /// The other's.
+        user: &'static str,
+        /// As given.
+        path: PathBuf,
+    },
     /// A descriptor is missing.
     #[error(
         "stdin and stdout cannot be used for the console (is one closed, or ulimit -n too low?); --console sends it \
@@ -80,31 +91,72 @@ pub struct Console {
     output: Option<OwnedFd>,
     /// It was opened for this, so what is in it is replaced.
     is_file: bool,
-    /// What errors call it.
+    /// What errors call its output.
     pub name: String,
+    /// And its input.
+    pub input_name: String,
     /// Whether a person types here, so that escapes mean something.
     pub interactive: bool,
     /// A pseudo-terminal has times when nobody is on the other side.
     pub comes_and_goes: bool,
 }
 
-/// Whether both would write to one place, over each other.
+/// Whether consoles would write over each other, or over a file that the machine is made of. `used`: those files, with
+/// the option of each.
 ///
 /// # Errors
-/// [`ConsoleError::Same`].
-pub fn check_distinct(console: &ConsoleKind, debug: &ConsoleKind) -> Result<(), ConsoleError> {
-    match (console, debug) {
-        (ConsoleKind::Stdio, ConsoleKind::Stdio) => Err(ConsoleError::Same("stdio".into())),
-        (ConsoleKind::File(one), ConsoleKind::File(other)) => {
-            // One file may have two names; one that does not exist yet has the name alone.
-            let place = |path: &PathBuf| std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
-            if place(one) == place(other) {
-                return Err(ConsoleError::Same(one.display().to_string()));
-            }
-            Ok(())
-        }
-        _ => Ok(()),
+/// [`ConsoleError::Same`], [`ConsoleError::Used`].
+pub fn check_distinct(
+    console: &ConsoleKind,
+    debug: &ConsoleKind,
+    used: &[(&'static str, &Path)],
+) -> Result<(), ConsoleError> {
+    if (console, debug) == (&ConsoleKind::Stdio, &ConsoleKind::Stdio) {
+        return Err(ConsoleError::Same("stdio".into()));
     }
+    fn file(kind: &ConsoleKind) -> Option<&Path> {
+        match kind {
+            ConsoleKind::File(path) => Some(path),
+            _ => None,
+        }
+    }
+    if let (Some(one), Some(other)) = (file(console), file(debug))
+        && place(one) == place(other)
+    {
+        return Err(ConsoleError::Same(one.display().to_string()));
+    }
+    for (option, kind) in [("--console", console), ("--debug-console", debug)] {
+        let Some(path) = file(kind) else { continue };
+        if let Some((user, _)) = used.iter().find(|(_, file)| place(file) == place(path)) {
+            return Err(ConsoleError::Used {
+                option,
+                user,
+                path: path.into(),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// What tells one file from all others, whatever it is called.
+#[derive(PartialEq, Eq)]
+enum Place {
+    /// Device and inode.
+    File(u64, u64),
+    /// It does not exist yet: its directory, if there is one, and its name.
+    Name(PathBuf, Option<OsString>),
+}
+
+fn place(path: &Path) -> Place {
+    if let Ok(metadata) = std::fs::metadata(path) {
+        return Place::File(metadata.dev(), metadata.ino());
+    }
+    let directory = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    let directory = std::fs::canonicalize(directory).unwrap_or_else(|_| directory.into());
+    Place::Name(directory, path.file_name().map(Into::into))
 }
 
 impl Console {
@@ -131,6 +183,7 @@ impl Console {
             output: None,
             is_file: false,
             name: name.into(),
+            input_name: name.into(),
             interactive: false,
             comes_and_goes: false,
         };
@@ -171,6 +224,7 @@ impl Console {
                     input: Some(input),
                     output: Some(output),
                     interactive: std::io::stdin().is_terminal(),
+                    input_name: "stdin".into(),
                     ..quiet("stdout")
                 })
             }

@@ -485,7 +485,7 @@ impl Line {
             // The other side of a pseudo-terminal has gone; `look_for_peer` sees to it.
             Err(Errno::EIO) if console.comes_and_goes => {}
             Err(error) => {
-                info!(log, "no more input from {}: {}", console.name, error.desc());
+                info!(log, "no more input from {}: {}", console.input_name, error.desc());
                 console.close_input();
             }
         }

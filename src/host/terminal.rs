@@ -76,9 +76,13 @@ pub fn restore() {
 }
 
 /// Signals that end a program by default, but for those that the machine answers and those that cannot be answered.
-const ENDS: [i32; 7] = [
+/// The kick has SIGRTMIN and SIGSTKFLT, and SIGXFSZ is ignored.
+const ENDS: [i32; 10] = [
     libc::SIGABRT,
     libc::SIGALRM,
+    libc::SIGIO,
+    libc::SIGPROF,
+    libc::SIGPWR,
     libc::SIGSYS,
     libc::SIGTRAP,
     libc::SIGUSR2,
@@ -91,7 +95,8 @@ fn restore_on_default_ends() {
     if DONE.swap(true, Ordering::SeqCst) {
         return;
     }
-    for signal in ENDS.into_iter().chain([libc::SIGTSTP]) {
+    let real_time = libc::SIGRTMIN() + 1..=libc::SIGRTMAX();
+    for signal in ENDS.into_iter().chain([libc::SIGTSTP]).chain(real_time) {
         // SAFETY: the handler calls tcsetattr and what emulates the default action, both async-signal-safe, and reads
         // cells that were set before; it takes no lock and allocates nothing. A signal that cannot be answered stays
         // as it is.
@@ -112,10 +117,25 @@ fn take_again() {
     }
 }
 
+/// What the signal does by default. Not by signal-hook's emulation, which does not know all of [`ENDS`] and no real-time
+/// signal.
+fn die_of(signal: i32) {
+    // SAFETY: two async-signal-safe calls. The signal is blocked while its handler runs, so it takes effect below.
+    unsafe {
+        libc::signal(signal, libc::SIG_DFL);
+        libc::raise(signal);
+    }
+    let _ = super::signals::unblock(&[signal]);
+}
+
 fn default_end(signal: i32) {
     let was_raw = is_raw();
     restore();
-    let _ = signal_hook::low_level::emulate_default_handler(signal);
+    if signal == libc::SIGTSTP {
+        let _ = signal_hook::low_level::emulate_default_handler(signal);
+    } else {
+        die_of(signal);
+    }
     // Stopped, and continued. A shell that continued us in the background would stop us again (SIGTTOU): it gave us
     // the terminal if it brought us back to the foreground, and only then is it ours to change.
     if was_raw

@@ -95,7 +95,7 @@ pub enum MemoryError {
     #[error("the memory size does not fit --memory-backing hugepages")]
     Size(#[source] SizeError),
     /// The host has no memfd, or not with huge pages.
-    #[error("cannot create the file behind guest memory{}", if *.huge { " (does this host's kernel have hugetlbfs? without --memory-backing hugepages it is not needed)" } else { "" })]
+    #[error("cannot create the file behind guest memory{}", if *.huge { " (does this host's kernel have hugetlbfs? without --memory-backing hugepages it is not needed)" } else { " (is `ulimit -f` too low? --memory-backing anonymous needs no file)" })]
     Create {
         /// Whether huge pages were asked for.
         huge: bool,

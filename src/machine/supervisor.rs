@@ -36,7 +36,7 @@ use crate::virtio::queue::QueueActor;
 use crate::virtio::{Notify, Transport};
 use crossbeam_channel::Sender;
 use slog::{Logger, debug, info};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
@@ -158,7 +158,7 @@ impl StartError {
                 | StartError::NoSuchDevice { .. }
                 | StartError::PlacementWithoutActors(_)
                 | StartError::Virtio(VirtioError::TooMany { .. } | VirtioError::Image(_))
-                | StartError::Console(ConsoleError::Same(_))
+                | StartError::Console(ConsoleError::Same(_) | ConsoleError::Used { .. })
                 | StartError::Cpus(_)
                 | StartError::Console(ConsoleError::File { .. })
                 | StartError::Control(
@@ -586,12 +586,24 @@ impl<B: Backend + Send + 'static> Assembly<B> {
 }
 
 impl MachineConfig {
+    /// The files that the machine is made of, and the option that each was given by.
+    fn files(&self) -> Vec<(&'static str, &Path)> {
+        let mut files = Vec::new();
+        if let Guest::Kernel(boot) = &self.guest {
+            files.push(("--kernel", boot.kernel.as_path()));
+            files.extend(boot.initrd.as_deref().map(|initrd| ("--initrd", initrd)));
+        }
+        let disks = self.virtio.disks.iter();
+        files.extend(disks.map(|disk| ("--disk", disk.path.as_path())));
+        files
+    }
+
     /// What contradicts itself, found before anything is made.
     fn check(&self) -> Result<(), StartError> {
         if !(1..=MAX_CPUS).contains(&self.cpus) {
             return Err(StartError::Cpus(self.cpus));
         }
-        console::check_distinct(&self.console, &self.debug_console)?;
+        console::check_distinct(&self.console, &self.debug_console, &self.files())?;
         if self.dispatch != Dispatch::Actor && !self.placements.is_empty() {
             return Err(StartError::PlacementWithoutActors(self.dispatch));
         }

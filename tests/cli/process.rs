@@ -95,6 +95,7 @@ impl Place {
         let mut command = Command::new(program);
         command.args(args).current_dir(&self.0).process_group(0);
         command.stdin(Stdio::null());
+        hang_up_by_default(&mut command);
         command
     }
 
@@ -107,6 +108,17 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The program leaves a hang-up ignored that was ignored before it (nohup), and a test run under nohup hands that on.
+pub fn hang_up_by_default(command: &mut Command) {
+    // SAFETY: one system call between fork and exec, async-signal-safe.
+    unsafe {
+        command.pre_exec(|| match libc::signal(libc::SIGHUP, libc::SIG_DFL) {
+            libc::SIG_ERR => Err(std::io::Error::last_os_error()),
+            _ => Ok(()),
+        });
     }
 }
 

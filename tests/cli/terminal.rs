@@ -283,6 +283,39 @@ fn a_shell_gets_its_terminal_back_while_the_program_is_stopped() {
 }
 
 #[test]
+fn a_shell_gets_its_terminal_back_from_a_signal_that_nobody_expects() {
+    if !have_kvm() {
+        return;
+    }
+    for signal in [
+        libc::SIGIO,
+        libc::SIGPROF,
+        libc::SIGPWR,
+        libc::SIGUSR2,
+        libc::SIGRTMIN() + 1,
+        libc::SIGRTMAX(),
+    ] {
+        let place = Place::with_kernel(guest::spin());
+        let mut shell = Command::new("/bin/sh");
+        shell.arg("-i").current_dir(place.path());
+        let mut session = Session::start_command(shell, true);
+        let shell = Pid::from_raw(session.child.id() as i32);
+        session.type_in(format!("{PROGRAM} run --kernel k\n").as_bytes());
+        session.expect("up\n");
+        session.expect_raw();
+        let program = session.foreground();
+        // SAFETY: the program is alive: it has the terminal.
+        assert_eq!(unsafe { libc::kill(program.as_raw(), signal) }, 0);
+        eventually("the program has ended", || session.foreground() == shell);
+        session.assert_as_before();
+        session.type_in(b"echo sta''tus $?\n");
+        session.expect(&format!("status {}", 128 + signal));
+        session.type_in(b"exit 3\n");
+        assert_eq!(session.end(LIMIT), 3);
+    }
+}
+
+#[test]
 fn the_escape_shows_help_and_passes_itself_on() {
     if !have_kvm() {
         return;

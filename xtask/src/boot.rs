@@ -52,11 +52,12 @@ pub fn run(args: &Args) -> Result<bool> {
         Place::Emulated => false,
         Place::Auto => {
             let vmm = build::release()?;
-            let doctor = Command::new(vmm)
+            let doctor = Command::new(&vmm)
                 .arg("doctor")
                 .stdin(Stdio::null())
                 .stdout(Stdio::null())
-                .output()?;
+                .output()
+                .with_context(|| format!("cannot start {}", vmm.display()))?;
             doctor.status.success()
         }
     };

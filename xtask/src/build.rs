@@ -30,11 +30,15 @@ pub fn static_binary(package: &str, bin: &str) -> Result<PathBuf> {
 
 /// Builds actor-vmm as a user would.
 pub fn release() -> Result<PathBuf> {
+    // Named, since the user's settings may send it elsewhere.
+    let target_dir = paths::root().join("target");
     let mut command = Command::new(env!("CARGO"));
     command
         .current_dir(paths::root())
-        .args(["build", "--release", "--locked", "--bin", "actor-vmm"]);
+        .args(["build", "--release", "--locked", "--bin", "actor-vmm"])
+        .arg("--target-dir")
+        .arg(&target_dir);
     let status = process::run_limited(&mut command, LIMIT)?;
     ensure!(status.success(), "actor-vmm does not build");
-    Ok(paths::root().join("target/release/actor-vmm"))
+    Ok(target_dir.join("release/actor-vmm"))
 }
