@@ -400,6 +400,7 @@ fn dispatches() -> Vec<(String, Dispatch, Placements)> {
 fn devices(disk: &Scratch, transport: Transport) -> VirtioConfig {
     VirtioConfig {
         disks: vec![format!("path={},serial=s", disk.0.display()).parse().unwrap()],
+        nets: Vec::new(),
         rng: true,
         transport,
         notify: Notify::EventFd,

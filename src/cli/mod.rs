@@ -16,6 +16,7 @@ use crate::machine::outcome::status;
 use crate::machine::supervisor::{self, Guest, MAX_CPUS, MachineConfig, OnReset};
 use crate::virtio::block::DiskConfig;
 use crate::virtio::config::VirtioConfig;
+use crate::virtio::net::NetConfig;
 use crate::virtio::{Notify, Transport};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use nix::sys::signal::{SigHandler, Signal};
@@ -100,6 +101,10 @@ struct Run {
     /// A disk: path=FILE, and what else of ro, queues=N, serial=TEXT; may be repeated (in the guest: vda, vdb, …)
     #[arg(long, value_name = "path=FILE,…")]
     disk: Vec<DiskConfig>,
+    /// A network device: tap=NAME (an interface of the host) or user (without rights, through passt), and what else of
+    /// mac=ADDRESS, mtu=N, queues=N, tcp=PORTS, udp=PORTS; may be repeated
+    #[arg(long, value_name = "tap=NAME|user,…")]
+    net: Vec<NetConfig>,
     /// An entropy device, fed from the host's /dev/urandom
     #[arg(long)]
     rng: bool,
@@ -246,6 +251,7 @@ impl Run {
             delay: self.delay_port,
             virtio: VirtioConfig {
                 disks: self.disk.clone(),
+                nets: self.net.clone(),
                 rng: self.rng,
                 transport: self.transport,
                 notify: self.notify,

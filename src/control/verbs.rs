@@ -165,6 +165,7 @@ pub fn answered(id: Id, said: Answer) -> Value {
             format!("somebody asked for something else before it was done; the machine was {state}"),
         ),
         Answer::Failed(why) => kind_of("failed", why),
+        Answer::NoSuchDevice => kind_of("no-such-device", "the machine has no such device".into()),
         Answer::Gone => kind_of(
             "gone",
             "the machine ends, or is too busy to take a request".into(),

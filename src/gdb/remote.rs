@@ -205,7 +205,8 @@ impl Debuggee for Remote {
             Answer::Refused(refused) => Ok(vec![format!("it is {}", refused.0)]),
             Answer::Waits(_, names) => Ok(names),
             Answer::Overtaken(_) => Ok(vec!["somebody else let it go on".into()]),
-            Answer::Failed(_) | Answer::Gone => Err(Ended),
+            // The last is for another command.
+            Answer::Failed(_) | Answer::Gone | Answer::NoSuchDevice => Err(Ended),
         }
     }
 

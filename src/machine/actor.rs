@@ -29,6 +29,7 @@ use crate::vcpu::exit::SystemEvent;
 use crate::vcpu::kick::KickHandle;
 use crate::vcpu::route::Space;
 use crate::vcpu::{End, Vcpu, VcpuEvent, VcpuHandle, VcpuMessage, VcpuNews, vcpu_mailbox};
+use crate::virtio::net::LinkSwitch;
 use crate::virtio::queue::{QueueActor, QueueHandle};
 use crossbeam_channel::{RecvTimeoutError, Sender, select_biased};
 use slog::{Logger, crit, debug, error, info, o, warn};
@@ -55,6 +56,8 @@ pub(super) struct Parts {
     pub(super) devices: Box<dyn Control>,
     /// Of each device, how many lifecycle messages it has handled; in the order of their numbers.
     pub(super) answered: Vec<(&'static str, Arc<AtomicU32>)>,
+    /// The links of network devices.
+    pub(super) links: Vec<LinkSwitch>,
     pub(super) platform: Box<dyn Platform>,
     pub(super) event_loop: EventLoopHandle,
     pub(super) clock: Clock,
@@ -78,6 +81,7 @@ pub(super) struct Machine {
     devices: Box<dyn Control>,
     /// The actors behind devices.
     queues: Vec<QueueHandle>,
+    links: Vec<LinkSwitch>,
     lives: Vec<DeviceLife>,
     /// `None` while the guest is loaded anew.
     platform: Option<Box<dyn Platform>>,
@@ -133,6 +137,7 @@ impl Machine {
             vcpus: Vec::with_capacity(parts.vcpus),
             devices: parts.devices,
             queues: Vec::new(),
+            links: parts.links,
             lives,
             platform: Some(parts.platform),
             entry: None,
@@ -427,6 +432,22 @@ impl Machine {
                     self.overtake();
                 }
                 resumed
+            }
+            Command::Link { net, up } => {
+                reply.give(match self.links.get(net) {
+                    Some(link) => {
+                        info!(
+                            self.log,
+                            "{}: its link is switched {}",
+                            link.name(),
+                            if up { "on" } else { "off" }
+                        );
+                        link.set(up);
+                        Answer::Done(self.conductor.state())
+                    }
+                    None => Answer::NoSuchDevice,
+                });
+                return None;
             }
             Command::Stop => {
                 self.overtake();

@@ -26,6 +26,7 @@ use crate::pci::decode::{Bus, DataPorts, Ecam, Functions, Window};
 use crate::pci::host_bridge::HostBridge;
 use crate::pci::{ECAM_BUS_BYTES, host_bridge};
 use crate::vcpu::route::{Decode, Route, RouteMap, Space, Target};
+use crate::virtio::net::LinkSwitch;
 use crate::virtio::pci::Doorbells;
 use crate::virtio::queue::QueueActor;
 use crate::virtio::{Notify, Transport, mmio, pci};
@@ -167,6 +168,8 @@ pub struct Chipset {
     pub timed: Vec<TimedDevice>,
     /// The actors behind devices, which are given by their numbers.
     pub queues: Vec<(usize, QueueActor)>,
+    /// Of network devices, in their order.
+    pub links: Vec<LinkSwitch>,
     pm_timer: Arc<PmTimer>,
     bus: Option<Arc<Bus>>,
     /// Who is on it.
@@ -257,6 +260,7 @@ impl Chipset {
                 bridge,
                 others: Vec::new(),
             },
+            links: Vec::new(),
         };
         for part in parts {
             chipset.add(part, config);
@@ -308,6 +312,7 @@ impl Chipset {
         self.add(part, config);
         let queues = placed.queues.into_iter();
         self.queues.extend(queues.map(|queue| (number, queue)));
+        self.links.extend(placed.link);
     }
 
     fn add(&mut self, part: Part, config: &ChipsetConfig) {

@@ -21,6 +21,13 @@ pub enum Command {
     Reset,
     /// End.
     Stop,
+    /// Switch the link of a network device (by its number, from 0) on or off. The driver hears of it soon after.
+    Link {
+        /// Which.
+        net: usize,
+        /// On.
+        up: bool,
+    },
 }
 
 /// What became of it.
@@ -36,6 +43,8 @@ pub enum Answer {
     Overtaken(State),
     /// It went wrong, and the machine ends.
     Failed(String),
+    /// There is no such device.
+    NoSuchDevice,
     /// There is no machine any more.
     Gone,
 }

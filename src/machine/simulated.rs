@@ -272,7 +272,7 @@ impl Controller {
             // The guest's own reset may be under way.
             Answer::Refused(_) => self.fate == Fate::GuestResets,
             Answer::Gone => matches!(self.fate, Fate::GuestExits | Fate::VcpuPanics),
-            Answer::Waits(..) | Answer::Failed(_) => false,
+            Answer::Waits(..) | Answer::Failed(_) | Answer::NoSuchDevice => false,
         };
         if !fits {
             self.ledger
@@ -421,6 +421,7 @@ fn live() -> Result<(), String> {
         mailbox,
         devices: actors.control(),
         answered,
+        links: Vec::new(),
         platform: Box::new(NoPlatform),
         event_loop,
         clock,

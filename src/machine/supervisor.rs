@@ -31,6 +31,7 @@ use crate::vcpu::activity::{Activity, Watch};
 use crate::vcpu::backend::Backend;
 use crate::vcpu::kick;
 use crate::virtio::config::{Opened, VirtioConfig, VirtioError};
+use crate::virtio::net::LinkSwitch;
 use crate::virtio::pci::Doorbells;
 use crate::virtio::queue::QueueActor;
 use crate::virtio::{Notify, Transport};
@@ -152,12 +153,14 @@ pub enum StartError {
 impl StartError {
     /// Whether the user can mend it with other input, as opposed to another host.
     pub fn is_bad_input(&self) -> bool {
+        if let StartError::Virtio(error) = self {
+            return error.is_bad_input();
+        }
         matches!(
             self,
             StartError::Boot(_)
                 | StartError::NoSuchDevice { .. }
                 | StartError::PlacementWithoutActors(_)
-                | StartError::Virtio(VirtioError::TooMany { .. } | VirtioError::Image(_))
                 | StartError::Console(ConsoleError::Same(_) | ConsoleError::Used { .. })
                 | StartError::Cpus(_)
                 | StartError::Console(ConsoleError::File { .. })
@@ -435,6 +438,7 @@ where
         characters: std::mem::take(&mut chipset.characters),
         timed: std::mem::take(&mut chipset.timed),
         queues: std::mem::take(&mut chipset.queues),
+        links: std::mem::take(&mut chipset.links),
         signals,
         socket,
         address,
@@ -480,6 +484,7 @@ struct Assembly<B> {
     characters: Vec<CharacterDevice>,
     timed: Vec<TimedDevice>,
     queues: Vec<(usize, QueueActor)>,
+    links: Vec<LinkSwitch>,
     signals: Signals,
     socket: Option<ControlSocket>,
     address: MachineAddress,
@@ -521,6 +526,7 @@ impl<B: Backend + Send + 'static> Assembly<B> {
             mailbox: self.mailbox,
             devices,
             answered: self.answered,
+            links: self.links,
             platform: self.platform,
             event_loop,
             clock: self.clock.clone(),

@@ -10,6 +10,7 @@ use crate::pci::msix::MessageWire;
 use crate::virtio::config::Opened;
 use crate::virtio::interrupt::{Interrupter, Latch, MsixWord};
 use crate::virtio::mmio::{Mmio, QUEUE_NOTIFY, WINDOW_BYTES};
+use crate::virtio::net::LinkSwitch;
 use crate::virtio::pci::layout::BAR_BYTES;
 use crate::virtio::pci::{Function, NoDoorbells, Wiring};
 use crate::virtio::queue::{QueueActor, Remote, queue_actor};
@@ -110,6 +111,8 @@ pub struct Placed {
     pub line: Option<Box<dyn InterruptLine>>,
     /// Its queues' actors.
     pub queues: Vec<QueueActor>,
+    /// Of a network device.
+    pub link: Option<LinkSwitch>,
 }
 
 /// What all devices are connected with.
@@ -167,7 +170,7 @@ impl<L: Lines> Connections<'_, L> {
         &self,
         opened: Opened,
         interrupter: impl Fn(usize) -> Option<Interrupter>,
-    ) -> std::io::Result<(Registers, Vec<QueueActor>)> {
+    ) -> std::io::Result<(Registers, Vec<QueueActor>, Option<LinkSwitch>)> {
         debug_assert!(opened.handlers.len() <= QueueSet::MOST);
         let (mut queues, mut remotes) = (Vec::new(), Vec::new());
         for (number, handler) in opened.handlers.into_iter().enumerate() {
@@ -182,8 +185,13 @@ impl<L: Lines> Connections<'_, L> {
             queues.push(actor);
             remotes.push(remote);
         }
+        // The first queue's actor tells the driver of the link.
+        let link = match (opened.link, queues.first()) {
+            (Some(link), Some(first)) => Some(link.switch(first.bell().try_clone()?)),
+            _ => None,
+        };
         let registers = Registers::new(opened.identity, self.memory.clone(), Box::new(Queues(remotes)));
-        Ok((registers, queues))
+        Ok((registers, queues, link))
     }
 
     fn mmio(&self, place: usize, opened: Opened) -> Result<Placed, L::Error> {
@@ -193,7 +201,7 @@ impl<L: Lines> Connections<'_, L> {
             Notify::EventFd => (Some(Latch::new(self.lines.edge_eventfd(gsi)?)), None),
             Notify::Message => (None, Some(self.lines.level(gsi)?)),
         };
-        let (registers, queues) = self.queues(opened, |_| latch.clone().map(Interrupter::Latch))?;
+        let (registers, queues, link) = self.queues(opened, |_| latch.clone().map(Interrupter::Latch))?;
         if self.notify == Notify::EventFd {
             for (number, actor) in queues.iter().enumerate() {
                 self.lines
@@ -205,6 +213,7 @@ impl<L: Lines> Connections<'_, L> {
             place: Place::Mmio(address),
             line,
             queues,
+            link,
         })
     }
 
@@ -223,7 +232,7 @@ impl<L: Lines> Connections<'_, L> {
                 signal: sources[1 + number].signal.clone()?,
             })
         };
-        let (registers, queues) = self.queues(opened, interrupter)?;
+        let (registers, queues, link) = self.queues(opened, interrupter)?;
         let doorbells = match self.notify {
             Notify::EventFd => {
                 let bells = queues.iter().map(|actor| actor.bell().try_clone());
@@ -246,6 +255,7 @@ impl<L: Lines> Connections<'_, L> {
             place: Place::Pci(slot),
             line: Some(self.lines.level(layout::VIRTIO_GSIS[place])?),
             queues,
+            link,
         })
     }
 }

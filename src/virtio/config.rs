@@ -2,6 +2,8 @@
 //! machine is made.
 
 use super::block::{self, Block, DiskConfig, Image, ImageError};
+use super::net::config::Host;
+use super::net::{self, Link, Mac, NetConfig, NetError};
 use super::queue::Handler;
 use super::registers::Identity;
 use super::rng::{self, Rng};
@@ -18,6 +20,8 @@ pub const MAX_DEVICES: usize = crate::boot::layout::VIRTIO_GSIS.len();
 pub struct VirtioConfig {
     /// Disks, in the order in which the guest finds them.
     pub disks: Vec<DiskConfig>,
+    /// Network devices.
+    pub nets: Vec<NetConfig>,
     /// An entropy device.
     pub rng: bool,
     /// How drivers get at them.
@@ -30,7 +34,9 @@ pub struct VirtioConfig {
 #[derive(Debug, thiserror::Error)]
 pub enum VirtioError {
     /// Too many.
-    #[error("{wanted} virtio devices (--disk, --rng) are more than a machine can have ({MAX_DEVICES})")]
+    #[error(
+        "{wanted} virtio devices (--disk, --net, --rng) are more than a machine can have ({MAX_DEVICES})"
+    )]
     TooMany {
         /// As asked for.
         wanted: usize,
@@ -38,9 +44,32 @@ pub enum VirtioError {
     /// A disk's image.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// A network device.
+    #[error(transparent)]
+    Net(#[from] NetError),
+    /// Two of one tap.
+    #[error("--net tap={0}: two network devices cannot share a tap")]
+    SameTap(String),
+    /// Two of one address.
+    #[error("--net mac={0}: two network devices cannot share an address")]
+    SameMac(Mac),
     /// The host's random source.
     #[error("--rng: the host's /dev/urandom cannot be opened")]
     Random(#[source] io::Error),
+}
+
+impl VirtioError {
+    /// Whether the user can mend it with other input, as opposed to another host.
+    pub fn is_bad_input(&self) -> bool {
+        match self {
+            VirtioError::TooMany { .. }
+            | VirtioError::Image(_)
+            | VirtioError::SameTap(_)
+            | VirtioError::SameMac(_) => true,
+            VirtioError::Net(error) => error.is_bad_input(),
+            VirtioError::Random(_) => false,
+        }
+    }
 }
 
 /// Names of disks, for `--placement` and the log.
@@ -48,23 +77,41 @@ const DISK_NAMES: [&str; MAX_DEVICES] = [
     "blk0", "blk1", "blk2", "blk3", "blk4", "blk5", "blk6", "blk7", "blk8", "blk9", "blk10", "blk11",
     "blk12", "blk13", "blk14", "blk15",
 ];
+const NET_NAMES: [&str; MAX_DEVICES] = [
+    "net0", "net1", "net2", "net3", "net4", "net5", "net6", "net7", "net8", "net9", "net10", "net11",
+    "net12", "net13", "net14", "net15",
+];
 const RNG_NAME: &str = "rng0";
 
 impl VirtioConfig {
     /// The names of the devices, in the order of their places.
     pub fn names(&self) -> Vec<&'static str> {
         let disks = DISK_NAMES.into_iter().take(self.disks.len());
-        disks.chain(self.rng.then_some(RNG_NAME)).collect()
+        let nets = NET_NAMES.into_iter().take(self.nets.len());
+        disks.chain(nets).chain(self.rng.then_some(RNG_NAME)).collect()
     }
 
     /// What contradicts itself.
     ///
     /// # Errors
-    /// [`VirtioError::TooMany`].
+    /// [`VirtioError::TooMany`], [`VirtioError::SameTap`], [`VirtioError::SameMac`].
     pub fn check(&self) -> Result<(), VirtioError> {
-        let wanted = self.disks.len() + usize::from(self.rng);
+        let wanted = self.disks.len() + self.nets.len() + usize::from(self.rng);
         if wanted > MAX_DEVICES {
             return Err(VirtioError::TooMany { wanted });
+        }
+        for (number, net) in self.nets.iter().enumerate() {
+            for other in &self.nets[..number] {
+                match (&net.host, &other.host) {
+                    (Host::Tap(one), Host::Tap(two)) if one == two => {
+                        return Err(VirtioError::SameTap(one.clone()));
+                    }
+                    _ => {}
+                }
+                if let Some(mac) = net.mac.filter(|_| net.mac == other.mac) {
+                    return Err(VirtioError::SameMac(mac));
+                }
+            }
         }
         Ok(())
     }
@@ -75,7 +122,7 @@ impl VirtioConfig {
     /// [`VirtioError`]; what was opened is closed again.
     pub fn open(&self, log: &Logger) -> Result<Vec<Opened>, VirtioError> {
         self.check()?;
-        let mut opened = Vec::with_capacity(self.disks.len() + 1);
+        let mut opened = Vec::with_capacity(self.names().len());
         for (name, disk) in DISK_NAMES.into_iter().zip(&self.disks) {
             let image = Arc::new(Image::open(disk)?);
             let handlers = (0..disk.queues)
@@ -84,6 +131,16 @@ impl VirtioConfig {
                 name,
                 identity: block::identity(&image, disk.queues),
                 handlers: handlers.collect(),
+                link: None,
+            });
+        }
+        for (name, config) in NET_NAMES.into_iter().zip(&self.nets) {
+            let net = net::open(name, config, log)?;
+            opened.push(Opened {
+                name,
+                identity: net.identity,
+                handlers: net.handlers,
+                link: Some(net.link),
             });
         }
         if self.rng {
@@ -91,6 +148,7 @@ impl VirtioConfig {
                 name: RNG_NAME,
                 identity: rng::identity(),
                 handlers: vec![Box::new(Rng::open().map_err(VirtioError::Random)?)],
+                link: None,
             });
         }
         Ok(opened)
@@ -105,6 +163,8 @@ pub struct Opened {
     pub identity: Identity,
     /// One for each of its queues.
     pub handlers: Vec<Box<dyn Handler>>,
+    /// Of a network device: its link.
+    pub link: Option<Link>,
 }
 
 #[cfg(test)]
@@ -121,7 +181,37 @@ mod tests {
         };
         let log = Logger::root(slog::Discard, slog::o!());
         let error = config.open(&log).map(|_| ()).unwrap_err().to_string();
-        assert!(error.starts_with("17 virtio devices (--disk, --rng)"), "{error}");
+        assert!(
+            error.starts_with("17 virtio devices (--disk, --net, --rng)"),
+            "{error}"
+        );
         assert_eq!(config.names().len(), MAX_DEVICES + 1);
+    }
+
+    #[test]
+    fn two_networks_cannot_share_a_tap_or_an_address() {
+        let mac = "mac=02:00:00:00:00:01";
+        for (nets, said) in [
+            (["tap=a".into(), "tap=a".into()], "tap=a: two network devices"),
+            (
+                [format!("user,{mac}"), format!("tap=a,{mac}")],
+                "mac=02:00:00:00:00:01: two",
+            ),
+            (["tap=a".into(), "tap=b".into()], ""),
+            (["user".into(), "user".into()], ""),
+        ] {
+            let config = VirtioConfig {
+                nets: nets.iter().map(|net: &String| net.parse().unwrap()).collect(),
+                ..VirtioConfig::default()
+            };
+            let error = config.check().err();
+            assert_eq!(error.is_some(), !said.is_empty(), "{nets:?}");
+            if let Some(error) = error {
+                assert!(
+                    error.is_bad_input() && error.to_string().contains(said),
+                    "{error}"
+                );
+            }
+        }
     }
 }

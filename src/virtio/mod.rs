@@ -16,8 +16,8 @@
 //! | who may touch guest memory, and how it is taken back | `lease.rs` |
 //! | descriptor chains from a guest, and back | `chain.rs`, `used.rs` |
 //! | interrupts that queues' actors raise themselves | `interrupt.rs` |
-//! | the devices | `rng.rs`, `block/` |
-//! | what the user says, and what is opened for it | `config.rs` |
+//! | the devices | `rng.rs`, `block/`, `net/` |
+//! | what the user says, and what is opened for it | `config.rs`, `keys.rs` |
 //!
 //! [VIRTIO 1.2] is <https://docs.oasis-open.org/virtio/virtio/v1.2/virtio-v1.2.html>.
 
@@ -28,8 +28,10 @@ pub mod config;
 #[cfg(test)]
 mod hostile;
 pub mod interrupt;
+mod keys;
 pub mod lease;
 pub mod mmio;
+pub mod net;
 pub mod pci;
 pub mod queue;
 pub mod registers;

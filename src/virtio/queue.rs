@@ -70,6 +70,9 @@ pub trait Handler: Send {
     /// A driver has started the device with these features.
     fn start(&mut self, _features: u64) {}
 
+    /// The driver has reset the device, or broken it. Called when the actor finds out, which is soon.
+    fn stopped(&mut self) {}
+
     /// Gets ready for the next request, before it is taken. Must not wait. `false`: not now; it is tried again when the
     /// bell rings, or what [`Handler::waits_for`] says has happened.
     fn prepare(&mut self) -> bool {
@@ -80,6 +83,15 @@ pub trait Handler: Send {
     fn waits_for(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
         None
     }
+
+    /// What of the host may come to its end while it is the driver who has to do something. [`Handler::ended`] is called
+    /// then, after which this must be another one or none.
+    fn watches(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// See [`Handler::watches`].
+    fn ended(&mut self) {}
 
     /// How much room the next request has to have, bytes: so many of the driver's chains are put together for it, if
     /// there are.
@@ -186,13 +198,13 @@ impl Guest {
                 }
                 // Whoever resumes, resets or ends the machine rings. What else rang is found when the queue is looked
                 // at again, which it always is after a request.
-                Err(Refused::Suspended) => self.rest(None, None),
+                Err(Refused::Suspended) => drop(self.rest(None, None)),
             }
         }
     }
 
-    /// Sleeps until the bell rings, or the host has done something.
-    fn rest(&self, limit: Option<Duration>, host: Option<(BorrowedFd<'_>, PollFlags)>) {
+    /// Sleeps until the bell rings, or the host has done something. Returns whether it has.
+    fn rest(&self, limit: Option<Duration>, host: Option<(BorrowedFd<'_>, PollFlags)>) -> bool {
         // SAFETY: the descriptor belongs to `self.bell`, which outlives the poll.
         let bell = unsafe { BorrowedFd::borrow_raw(self.bell.as_raw_fd()) };
         let (fd, events) = host.unwrap_or((bell, PollFlags::POLLIN));
@@ -204,6 +216,7 @@ impl Guest {
             // Out of kernel memory. Not to spin meanwhile.
             Err(_) => std::thread::sleep(RETRY),
         }
+        polled.get(1).is_some_and(|host| host.any() == Some(true))
     }
 }
 
@@ -456,13 +469,17 @@ impl Running {
             if let Some(start) = &mut served {
                 match self.serve(start) {
                     Ok(how) => rest = how,
-                    Err(Interruption::Gone | Interruption::Untaken) => served = None,
+                    Err(Interruption::Gone | Interruption::Untaken) => {
+                        self.handler.stopped();
+                        served = None;
+                    }
                     Err(Interruption::Broken(mistake)) => {
                         self.complaints.say(format_args!(
                             "{}: the driver's queue {} cannot be served any more and the driver has to reset the device: {mistake}",
                             self.name, self.queue_number
                         ));
                         self.signal.tell(start.life, BackendEvent::Broken);
+                        self.handler.stopped();
                         served = None;
                     }
                 }
@@ -475,9 +492,14 @@ impl Running {
             self.signal.again();
             let host = match rest {
                 Rest::ForHost => self.handler.waits_for(),
-                Rest::ForDriver => None,
+                // An end is told without being asked for [poll(2): POLLERR, POLLHUP], but a tap wakes only those who ask for
+                // something to read, urgent or not. Urgent there never is.
+                Rest::ForDriver => self.handler.watches().map(|fd| (fd, PollFlags::POLLPRI)),
             };
-            self.guest.rest(self.signal.retry(), host);
+            let woken_by_host = self.guest.rest(self.signal.retry(), host);
+            if woken_by_host && rest == Rest::ForDriver {
+                self.handler.ended();
+            }
         }
     }
 

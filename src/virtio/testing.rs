@@ -246,6 +246,8 @@ pub struct Rig {
     pub available: u16,
     used: u16,
     pub life: u32,
+    /// What the driver accepts.
+    pub features: u64,
 }
 
 impl Rig {
@@ -278,6 +280,7 @@ impl Rig {
             available: 0,
             used: 0,
             life: 0,
+            features: 0,
         };
         rig.start();
         rig
@@ -299,7 +302,7 @@ impl Rig {
         queue.try_set_used_ring_address(GuestAddress(USED)).unwrap();
         queue.set_ready(true);
         assert!(queue.is_valid(&self.memory));
-        self.remote.start(queue, 0, self.life);
+        self.remote.start(queue, self.features, self.life);
     }
 
     pub fn write(&self, address: u64, bytes: &[u8]) {
@@ -348,6 +351,23 @@ impl Rig {
 
     /// Offers the buffers as one chain and waits for what becomes of it.
     pub fn request(&mut self, buffers: &[Buffer]) -> Outcome {
+        self.provide(buffers);
+        self.outcome()
+    }
+
+    /// Waits until the driver is told of a change of the configuration.
+    pub fn reconfigured(&mut self) {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            match self.news.recv_deadline(deadline).expect("news within the limit") {
+                DeviceMessage::Backend(news) if news.event == BackendEvent::Reconfigured => return,
+                _ => {}
+            }
+        }
+    }
+
+    /// Offers the buffers as one chain.
+    pub fn provide(&mut self, buffers: &[Buffer]) {
         for (index, buffer) in buffers.iter().enumerate() {
             let next = if index + 1 < buffers.len() { NEXT } else { 0 };
             let (address, length, flags) = match *buffer {
@@ -368,7 +388,42 @@ impl Rig {
         }
         self.offer(0);
         self.remote.ring();
-        self.outcome()
+    }
+
+    /// Waits until the next chain is given back, whether it is told or not; returns how many bytes were written to it.
+    pub fn used_next(&mut self) -> u32 {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let index = self
+                .memory
+                .load::<u16>(GuestAddress(USED + 2), std::sync::atomic::Ordering::Acquire);
+            if index.unwrap() != self.used {
+                return self.take_used();
+            }
+            assert!(Instant::now() < deadline, "no chain was given back");
+            let _ = self.news.recv_timeout(Duration::from_millis(10));
+        }
+    }
+
+    /// The next chain that was given back, by its head, if there is one.
+    pub fn poll_used(&mut self) -> Option<u16> {
+        let index = self
+            .memory
+            .load::<u16>(GuestAddress(USED + 2), std::sync::atomic::Ordering::Acquire);
+        if index.unwrap() == self.used {
+            return None;
+        }
+        let slot = USED + 4 + 8 * u64::from(self.used % self.size);
+        let head = self.read(slot, 2);
+        self.take_used();
+        Some(u16::from_le_bytes(head.try_into().unwrap()))
+    }
+
+    /// Takes the next chain that was given back.
+    pub fn take_used(&mut self) -> u32 {
+        let slot = USED + 4 + 8 * u64::from(self.used % self.size);
+        self.used = self.used.wrapping_add(1);
+        u32::from_le_bytes(self.read(slot + 4, 4).try_into().unwrap())
     }
 
     /// Waits for what becomes of the oldest request.
@@ -379,16 +434,13 @@ impl Rig {
             let DeviceMessage::Backend(news) = news else {
                 panic!("{news:?}")
             };
-            if news.life != self.life {
+            if news.life != self.life || news.event == BackendEvent::Reconfigured {
                 continue;
             }
             if news.event == BackendEvent::Broken {
                 return Outcome::Broken;
             }
-            let slot = USED + 4 + 8 * u64::from(self.used % self.size);
-            self.used = self.used.wrapping_add(1);
-            let length = self.read(slot + 4, 4);
-            return Outcome::Used(u32::from_le_bytes(length.try_into().unwrap()));
+            return Outcome::Used(self.take_used());
         }
     }
 }

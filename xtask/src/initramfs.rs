@@ -13,15 +13,18 @@ use crate::process;
 
 const BUSYBOX: &str = "/bin/busybox";
 /// What a guest may load: panics are told to the VMM through pvpanic; virtio's transports and devices.
-const GUEST_MODULES: [&str; 5] = [
+const GUEST_MODULES: [&str; 6] = [
     "pvpanic_mmio",
     "virtio_mmio",
     "virtio_pci",
     "virtio_blk",
     "virtio_rng",
+    "virtio_net",
 ];
-/// KVM for AMD processors, which is what QEMU can emulate.
-const HOST_MODULES: [&str; 1] = ["kvm_amd"];
+/// KVM for AMD processors, which is what QEMU can emulate; taps, and an interface that leads nowhere.
+const HOST_MODULES: [&str; 3] = ["kvm_amd", "tun", "dummy"];
+/// passt gives up its rights for those of nobody.
+const USERS: &str = "root:x:0:0::/:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n";
 /// What QEMU's microvm reads at start.
 const QEMU_DATA: [&str; 7] = [
     "qemu/bios-microvm.bin",
@@ -75,6 +78,9 @@ pub fn host(kernel: &Kernel, with_qemu: bool) -> Result<Vec<u8>> {
     archive.file("guest/bzImage", 0o644, &read(&kernel.bzimage)?);
     archive.file("guest/vmlinux", 0o644, &read(&kernel.vmlinux)?);
     archive.file("guest/base.cpio", 0o644, &guest(kernel)?);
+    archive.file("etc/passwd", 0o644, USERS.as_bytes());
+    let passt = Path::new("/usr/bin/passt");
+    with_libraries(&mut archive, passt, &inside(passt))?;
     if with_qemu {
         qemu(&mut archive)?;
     }

@@ -16,12 +16,14 @@ pub struct Args {
 }
 
 /// A file that only the package brings, and the package.
-const NEEDED: [(&str, &str); 5] = [
+const NEEDED: [(&str, &str); 7] = [
     ("/usr/bin/qemu-system-x86_64", "qemu-system-x86"),
     ("/usr/share/doc/busybox-static", "busybox-static"),
     ("/usr/bin/lz4", "lz4"),
     ("/usr/bin/xz", "xz-utils"),
     ("/usr/bin/gdb", "gdb"),
+    ("/usr/bin/passt", "passt"),
+    ("/sbin/ip", "iproute2"),
 ];
 
 const APT_LIMIT: Duration = Duration::from_secs(600);

@@ -1,5 +1,6 @@
 //! What `--disk` says: `path=…` and what else, separated by commas.
 
+use crate::virtio::keys::items;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -44,20 +45,6 @@ pub enum DiskSyntaxError {
     /// `serial=…`
     #[error("serial={0}: a serial number is 1 to {SERIAL_BYTES} printable ASCII characters")]
     Serial(String),
-}
-
-/// Splits at single commas; two of them stand for one.
-fn items(text: &str) -> Vec<String> {
-    let mut items = vec![String::new()];
-    let mut characters = text.chars().peekable();
-    while let Some(character) = characters.next() {
-        if character == ',' && characters.next_if_eq(&',').is_none() {
-            items.push(String::new());
-        } else {
-            items.last_mut().expect("never empty").push(character);
-        }
-    }
-    items
 }
 
 /// Sets what was not set yet.

@@ -11,6 +11,7 @@ const KVM_GET_API_VERSION: libc::c_ulong = 0xae00;
 const KVM_CREATE_VM: libc::c_ulong = 0xae01;
 
 pub fn prepare() -> Result<()> {
+    leave_rootfs()?;
     mount("proc", "/proc", "proc")?;
     mount("sysfs", "/sys", "sysfs")?;
     mount("devtmpfs", "/dev", "devtmpfs")?;
@@ -26,6 +27,35 @@ pub fn prepare() -> Result<()> {
     unsafe {
         std::env::set_var("PATH", "/bin:/usr/bin");
         std::env::set_var("HOME", "/");
+    }
+    Ok(())
+}
+
+/// The kernel's first file system cannot be left by pivot_root, which programs do that lock themselves in (passt). So it is
+/// mounted over itself, and what is on top can.
+fn leave_rootfs() -> Result<()> {
+    // SAFETY: C strings that outlive the calls, and no data.
+    let done = unsafe {
+        libc::mount(
+            c"/".as_ptr(),
+            c"/run".as_ptr(),
+            ptr::null(),
+            libc::MS_BIND,
+            ptr::null(),
+        ) == 0
+            && libc::chdir(c"/run".as_ptr()) == 0
+            && libc::mount(
+                c".".as_ptr(),
+                c"/".as_ptr(),
+                ptr::null(),
+                libc::MS_MOVE,
+                ptr::null(),
+            ) == 0
+            && libc::chroot(c".".as_ptr()) == 0
+            && libc::chdir(c"/".as_ptr()) == 0
+    };
+    if !done {
+        bail!("cannot mount / over itself: {}", io::Error::last_os_error());
     }
     Ok(())
 }
