@@ -502,6 +502,44 @@ fn a_reset_with_requests_under_way_leaves_a_device_that_serves() {
 }
 
 #[test]
+fn driver_ok_against_a_pause_leaves_a_device_that_serves() {
+    for (way, transport, dispatch, placements) in ways() {
+        let disk = Scratch::new(&[9; 1 << 20]);
+        let machine = Machine::start(config(dispatch, placements, devices(&disk, transport)));
+        let mut block = Driver::new(&machine, transport, 0);
+        let (header, data, status) = (0x30_0000, 0x40_0000, 0x32_0000);
+        let (over, is_over) = bounded::<()>(0);
+        let address = machine.address.clone();
+        // Pauses without end, which fall before, into and behind the driver's steps as it happens.
+        let pauses = std::thread::spawn(move || {
+            let mut count = 0;
+            while let Err(TryRecvError::Empty) = is_over.try_recv() {
+                assert_eq!(address.ask(Command::Pause), Answer::Done(State::Paused));
+                assert_eq!(address.ask(Command::Resume), Answer::Done(State::Running));
+                count += 1;
+            }
+            count
+        });
+        for round in 0..20 {
+            block.start();
+            block_header(&machine, header, 0, 0);
+            let clear = [round; 512];
+            machine.memory.write_slice(&clear, GuestAddress(data)).unwrap();
+            block.offer(&[(header, 16, false), (data, 512, true), (status, 1, true)]);
+            assert_eq!(block.interrupt(), 1, "{way}");
+            let mut read = [0; 512];
+            machine.memory.read_slice(&mut read, GuestAddress(data)).unwrap();
+            assert_eq!(read, [9; 512], "{way}");
+            block.set_status(0);
+            assert_eq!(block.status(), 0, "{way}");
+        }
+        drop(over);
+        assert!(pauses.join().unwrap() > 0, "{way}: there was no pause");
+        assert!(matches!(machine.end(), Outcome::GuestExit(7)), "{way}");
+    }
+}
+
+#[test]
 fn while_a_machine_is_paused_its_memory_stands_still_and_then_the_request_goes_on() {
     for (way, transport, dispatch, placements) in ways() {
         let disk = Scratch::new(&[9; 1 << 20]);
