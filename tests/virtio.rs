@@ -349,6 +349,9 @@ impl<'a> Driver<'a> {
         let status = self.get(0x60, 4);
         if status != 0 {
             self.set(0x64, 4, status);
+            // It is complete before anything else: a step is on its way otherwise, unlike a guest's access, while the
+            // next request is already in memory; its interrupt would be acknowledged with this one.
+            self.get(0x64, 4);
         }
         status
     }
