@@ -145,8 +145,10 @@ pub trait Control {
 /// How many threads a pool has. Register handlers are short; what blocks has a thread of its own elsewhere.
 const POOL_THREADS: usize = 2;
 
-/// How long devices may take to end before they are named.
+/// How long devices may take to end before they are named, where somebody is stuck already.
 const DEVICE_LIMIT: Duration = Duration::from_millis(100);
+/// And where nobody is known to be: a thread that only waits for a processor is not to be called stuck.
+const DEVICE_LIMIT_ALL_ENDED: Duration = Duration::from_secs(1);
 
 /// Lanes of a device beside the vCPUs' and those of the actors behind it: the machine actor's and the event loop's.
 const OTHER_LANES: usize = 2;
@@ -274,7 +276,12 @@ impl Control for ActorControl {
 
     fn stop(&mut self, all_ended: bool) -> Vec<String> {
         self.messenger.stop();
-        let deadline = Instant::now() + DEVICE_LIMIT;
+        let limit = if all_ended {
+            DEVICE_LIMIT_ALL_ENDED
+        } else {
+            DEVICE_LIMIT
+        };
+        let deadline = Instant::now() + limit;
         while self.addresses.iter().any(|device| !device.is_closed()) && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(1));
         }
