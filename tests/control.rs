@@ -3,7 +3,7 @@
 
 use actor_vmm::actors::PlacementKind;
 use actor_vmm::boot::EntryPoint;
-use actor_vmm::control::client;
+use actor_vmm::control::client::Connection;
 use actor_vmm::control::verbs::Verb;
 use actor_vmm::devices::Width;
 use actor_vmm::devices::tarpit::{Mire, RELEASED};
@@ -500,7 +500,7 @@ impl Mired {
     }
 
     fn why(&self) -> serde_json::Value {
-        client::ask(&self.socket.0, Verb::Why).unwrap()
+        Connection::open(&self.socket.0).unwrap().ask(Verb::Why).unwrap()
     }
 }
 

@@ -232,6 +232,105 @@ fn every_verb_does_what_it_says() {
     );
 }
 
+/// `ctl PATH -` with this on stdin.
+fn script(socket: &Path, text: &[u8], words: &[&str]) -> Output {
+    let mut child = Command::new(PROGRAM)
+        .arg("ctl")
+        .arg(socket)
+        .arg("-")
+        .args(words)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let text = text.to_vec();
+    // It may have ended before it has read all.
+    let writer = std::thread::spawn(move || drop(stdin.write_all(&text)));
+    let output = child.wait_with_output().unwrap();
+    writer.join().unwrap();
+    output
+}
+
+#[test]
+fn verbs_from_stdin_are_done_one_after_the_other_until_one_cannot_be_done() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new("script");
+    let mut machine = Machine::start(&place, &GUEST);
+    let socket = place.socket();
+    let said = |output: &Output| String::from_utf8_lossy(&output.stderr).into_owned();
+    // Many, and each waits for the one before: a pause of a machine that is not running yet would be refused.
+    let output = script(&socket, &b"pause\nresume\n".repeat(500), &[]);
+    assert!(output.status.success(), "{}", said(&output));
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout),
+        "state: paused\nstate: running\n".repeat(500)
+    );
+    let output = script(&socket, b"# as JSON\n\n kick # all\npause", &["--json"]);
+    assert!(output.status.success(), "{}", said(&output));
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout),
+        "{\"vcpus\":4}\n{\"state\":\"paused\"}\n"
+    );
+    // Nothing at all is done well, if there is a machine.
+    assert!(script(&socket, b"", &[]).status.success());
+    // The first that is refused is the last.
+    let output = script(&socket, b"kick\n\npause\nresume\n", &[]);
+    assert_eq!(output.status.code(), Some(4));
+    assert!(
+        said(&output).contains("line 3: a machine that is paused cannot be paused"),
+        "{}",
+        said(&output)
+    );
+    assert_eq!(
+        (output.stdout.as_slice(), machine.state()),
+        (&b"vcpus: 4\n"[..], "paused".into())
+    );
+    // So is one that there is not, whatever is behind it.
+    for (text, what) in [
+        (
+            &b"resume\nfly\nstop\n"[..],
+            "line 2: there is no verb 'fly'; there are status, pause",
+        ),
+        (b"kick\npause resume\n", "line 2: there is no verb 'pause resume'"),
+        (b"\xff\0\n", "line 1: there is no verb"),
+        (&[b'x'; 100_000], "line 1: a line is one verb"),
+    ] {
+        let output = script(&socket, text, &[]);
+        assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+        assert!(said(&output).contains(what), "{}", said(&output));
+    }
+    assert_eq!(machine.state(), "running");
+    // A directory cannot be read.
+    let output = Command::new(PROGRAM)
+        .arg("ctl")
+        .arg(&socket)
+        .arg("-")
+        .stdin(std::fs::File::open(&place.0).unwrap())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(
+        said(&output).contains("line 1 cannot be read: Is a directory"),
+        "{}",
+        said(&output)
+    );
+    // What has ended answers no more.
+    let output = script(&socket, b"stop\nstatus\n", &[]);
+    assert_eq!(output.status.code(), Some(18));
+    assert_eq!(output.stdout, b"state: stopping\n");
+    assert!(
+        said(&output).contains("line 2: the machine has gone away"),
+        "{}",
+        said(&output)
+    );
+    assert_eq!(machine.end(), Some(20));
+    assert_eq!(script(&socket, b"", &[]).status.code(), Some(18));
+}
+
 #[test]
 fn clients_that_are_broken_slow_or_silent_harm_nobody() {
     if !kvm() {

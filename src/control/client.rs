@@ -1,8 +1,9 @@
-//! `actor-vmm ctl`: asks a running machine something through its control socket.
+//! `actor-vmm ctl`: asks a running machine something through its control socket, or one thing after the other as a script
+//! says.
 
 use super::verbs::Verb;
 use serde_json::{Value, json};
-use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -43,51 +44,149 @@ pub enum ClientError {
     },
 }
 
-/// Asks, and waits for the answer. `stop` waits until the machine has ended.
-///
-/// # Errors
-/// See [`ClientError`].
-pub fn ask(path: &Path, verb: Verb) -> Result<Value, ClientError> {
-    let unreachable = |source: std::io::Error| ClientError::Unreachable {
-        path: path.display().to_string(),
-        why: match source.kind() {
-            ErrorKind::NotFound => "there is no such socket; was it started with --control?",
-            ErrorKind::ConnectionRefused => "nobody listens there; the machine has ended",
-            ErrorKind::PermissionDenied => "it is another user's",
-            _ => "it cannot be connected to",
-        },
-        source,
-    };
-    let mut stream = UnixStream::connect(path).map_err(unreachable)?;
-    stream.set_read_timeout(Some(ANSWER_LIMIT)).map_err(unreachable)?;
-    let request = json!({"verb": verb.name()});
-    writeln!(stream, "{request}").map_err(|_| ClientError::Gone)?;
-    let mut reader = BufReader::new(stream);
-    let mut line = String::new();
-    match reader.read_line(&mut line) {
-        Ok(0) => return Err(ClientError::Gone),
-        Ok(_) => {}
-        Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(ClientError::Silent),
-        Err(_) => return Err(ClientError::Gone),
+/// A machine that can be asked, one verb after the other.
+pub struct Connection(BufReader<UnixStream>);
+
+impl Connection {
+    /// Connects.
+    ///
+    /// # Errors
+    /// [`ClientError::Unreachable`].
+    pub fn open(path: &Path) -> Result<Connection, ClientError> {
+        let unreachable = |source: std::io::Error| ClientError::Unreachable {
+            path: path.display().to_string(),
+            why: match source.kind() {
+                ErrorKind::NotFound => "there is no such socket; was it started with --control?",
+                ErrorKind::ConnectionRefused => "nobody listens there; the machine has ended",
+                ErrorKind::PermissionDenied => "it is another user's",
+                _ => "it cannot be connected to",
+            },
+            source,
+        };
+        let stream = UnixStream::connect(path).map_err(unreachable)?;
+        stream.set_read_timeout(Some(ANSWER_LIMIT)).map_err(unreachable)?;
+        Ok(Connection(BufReader::new(stream)))
     }
-    let mut answer: Value = serde_json::from_str(&line).map_err(|_| ClientError::NotAMachine)?;
-    if let Some(error) = answer.get("error") {
-        let text = |key| error.get(key).and_then(Value::as_str).unwrap_or("?").to_string();
-        return Err(ClientError::Refused {
-            kind: text("kind"),
-            text: text("text"),
-        });
+
+    /// Asks, and waits for the answer. `stop` waits until the machine has ended.
+    ///
+    /// # Errors
+    /// All others of [`ClientError`].
+    pub fn ask(&mut self, verb: Verb) -> Result<Value, ClientError> {
+        // In one piece, so that it is one packet and one look of the machine's.
+        let request = format!("{}\n", json!({"verb": verb.name()}));
+        self.0
+            .get_mut()
+            .write_all(request.as_bytes())
+            .map_err(|_| ClientError::Gone)?;
+        let mut line = String::new();
+        match self.0.read_line(&mut line) {
+            Ok(0) => return Err(ClientError::Gone),
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(ClientError::Silent),
+            Err(_) => return Err(ClientError::Gone),
+        }
+        let mut answer: Value = serde_json::from_str(&line).map_err(|_| ClientError::NotAMachine)?;
+        if let Some(error) = answer.get("error") {
+            let text = |key| error.get(key).and_then(Value::as_str).unwrap_or("?").to_string();
+            return Err(ClientError::Refused {
+                kind: text("kind"),
+                text: text("text"),
+            });
+        }
+        let body = answer
+            .get_mut("ok")
+            .map(Value::take)
+            .ok_or(ClientError::NotAMachine)?;
+        if verb == Verb::Stop {
+            // It closes its end when it is over.
+            line.clear();
+            let _ = self.0.read_line(&mut line);
+        }
+        Ok(body)
     }
-    let body = answer
-        .get_mut("ok")
-        .map(Value::take)
-        .ok_or(ClientError::NotAMachine)?;
-    if verb == Verb::Stop {
-        // It closes its end when it is over.
-        line.clear();
-        let _ = reader.read_line(&mut line);
+}
+
+/// Bytes of a line of a script: more than any verb, and room for a comment.
+const SCRIPT_LINE_BYTES: u64 = 256;
+
+/// Why a line of a script is no verb.
+#[derive(Debug, thiserror::Error)]
+pub enum ScriptError {
+    /// There is no such verb.
+    #[error("line {line}: there is no verb '{word}'; there are {}", Verb::ALL.map(Verb::name).join(", "))]
+    Unknown {
+        /// The line's number, from 1.
+        line: usize,
+        /// What is there, in a form that can be printed.
+        word: String,
+    },
+    /// Something without an end.
+    #[error("line {line}: a line is one verb, and has less than {SCRIPT_LINE_BYTES} bytes")]
+    TooLong {
+        /// The line's number.
+        line: usize,
+    },
+    /// The host.
+    #[error("line {line} cannot be read")]
+    Unreadable {
+        /// The line's number.
+        line: usize,
+        /// What the host says.
+        source: std::io::Error,
+    },
+}
+
+/// Verbs, one a line, as they come. Blank lines and what is behind a `#` are nothing.
+pub struct Script<R> {
+    from: R,
+    /// Of the last verb, from 1.
+    line: usize,
+}
+
+impl<R: BufRead> Script<R> {
+    /// From the first line on.
+    pub fn new(from: R) -> Script<R> {
+        Script { from, line: 0 }
     }
-    Ok(body)
+
+    /// Where the last verb was.
+    pub fn line(&self) -> usize {
+        self.line
+    }
+}
+
+impl<R: BufRead> Iterator for Script<R> {
+    type Item = Result<Verb, ScriptError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            self.line += 1;
+            let line = self.line;
+            let mut bytes = Vec::new();
+            match (&mut self.from)
+                .take(SCRIPT_LINE_BYTES)
+                .read_until(b'\n', &mut bytes)
+            {
+                Ok(0) => return None,
+                Ok(length) if length as u64 == SCRIPT_LINE_BYTES && bytes.last() != Some(&b'\n') => {
+                    return Some(Err(ScriptError::TooLong { line }));
+                }
+                Ok(_) => {}
+                Err(source) => return Some(Err(ScriptError::Unreadable { line, source })),
+            }
+            let text = String::from_utf8_lossy(&bytes);
+            let word = text.split('#').next().unwrap_or_default().trim();
+            if word.is_empty() {
+                continue;
+            }
+            let verb = Verb::ALL.into_iter().find(|verb| verb.name() == word);
+            return Some(verb.ok_or_else(|| ScriptError::Unknown {
+                line,
+                word: word.escape_debug().to_string(),
+            }));
+        }
+    }
 }
 
 /// An answer for a person.
@@ -144,5 +243,27 @@ mod tests {
             ),
             "rtc            posts=0 rank=device"
         );
+    }
+
+    #[test]
+    fn a_script_is_verbs_and_comments() {
+        let script =
+            |text: &'static [u8]| Script::new(text).map(|verb| verb.map_err(|error| error.to_string()));
+        let verbs: Result<Vec<_>, _> =
+            script(b"pause\n\n # nothing\n  resume # at last \r\nstatus").collect();
+        assert_eq!(verbs, Ok(vec![Verb::Pause, Verb::Resume, Verb::Status]));
+        assert_eq!(script(b"").count(), 0);
+        let mut bad = script(b"pause\n\nfly\xff\x1b\n");
+        assert_eq!(bad.next(), Some(Ok(Verb::Pause)));
+        let said = bad.next().unwrap().unwrap_err();
+        assert!(
+            said.starts_with("line 3: there is no verb 'fly\u{fffd}\\u{1b}'; there are status, pause,"),
+            "{said}"
+        );
+        let mut endless = Script::new(BufReader::new(std::io::repeat(b'x')));
+        assert!(matches!(
+            endless.next(),
+            Some(Err(ScriptError::TooLong { line: 1 }))
+        ));
     }
 }
