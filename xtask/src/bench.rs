@@ -18,6 +18,10 @@ const BOOT_LIMIT: Duration = Duration::from_secs(240);
 const CMDLINE: &str = "console=ttyS0 quiet reboot=t panic=-1";
 /// The one whose time is 1.00, if it is among them; otherwise it is the first.
 const REFERENCE: Contender = Contender::Microvm;
+/// The budget (design.md) of a boot's time, to [`REFERENCE`]'s.
+const TIME_BOUND: f64 = 0.4;
+/// The budget of memory outside guest RAM.
+const MEMORY_BOUND_KIB: f64 = 3072.0;
 
 /// Far more than a hundred million asks take.
 const STRESS_LIMIT: Duration = Duration::from_secs(3600);
@@ -299,6 +303,24 @@ fn print_summary(vmms: &[Contender], samples: &BTreeMap<String, Vec<Sample>>) {
     }
     println!();
     println!("{NOTES}");
+    if let (Some(own), Some((reference, _))) = (samples.get(&Contender::ActorVmm.name()), &reference)
+        && vmms.contains(&REFERENCE)
+    {
+        println!();
+        verdict(
+            "exec to /init, to microvm's",
+            time(own).median / reference.median,
+            TIME_BOUND,
+            "",
+        );
+        verdict("outside guest RAM", memory(own).median, MEMORY_BOUND_KIB, " KiB");
+    }
+}
+
+fn verdict(what: &str, value: f64, bound: f64, unit: &str) {
+    let met = if value <= bound { "met" } else { "NOT met" };
+    let digits = usize::from(bound < 10.0) * 2;
+    println!("{what}: {value:.digits$}{unit}, at most {bound}{unit}: {met}");
 }
 
 const NOTES: &str = "\
