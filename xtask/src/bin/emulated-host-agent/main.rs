@@ -61,6 +61,7 @@ fn main() {
 }
 
 fn jobs(report: &Report) -> Result<()> {
+    host::wait_for_tsc()?;
     host::load_modules()?;
     let holder = host::hold_a_vm()?;
     report.send(&Event::Ready(host::describe()?));
