@@ -338,6 +338,7 @@ impl Machine {
                     }
                 }
                 VcpuEvent::Paused => self.conductor.vcpu_paused(vcpu),
+                VcpuEvent::TimeTaken => self.conductor.time_taken(),
                 VcpuEvent::Reset(Ok(())) => self.conductor.vcpu_reset(vcpu),
                 VcpuEvent::Reset(Err(error)) => {
                     return Some(self.reset_failed(format!("vcpu{vcpu}: {}", chain(&error))));
@@ -487,6 +488,7 @@ impl Machine {
             for effect in effects {
                 match effect {
                     Effect::Vcpu(index, event) => self.tell_vcpu(index, event),
+                    Effect::TakeTime => drop(self.vcpus[0].handle.send(VcpuMessage::TakeTime)),
                     Effect::Device(index, event) => self.tell_device(index, event),
                     Effect::FreezeTime => self.freeze(),
                     Effect::ThawTime => self.thaw(),
@@ -590,6 +592,7 @@ impl Machine {
                 Effect::Device(index, event) => self.tell_device(index, event),
                 Effect::FreezeTime => self.freeze(),
                 Effect::ThawTime => self.thaw(),
+                Effect::TakeTime => drop(self.vcpus[0].handle.send(VcpuMessage::TakeTime)),
                 Effect::ResetGivenUp => given_up = true,
                 Effect::ResetFailed => return Some(self.reset_failed(waits.join(", "))),
                 Effect::Reload | Effect::Done => {}

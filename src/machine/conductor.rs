@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  pause    vCPUs, all at once ─▶ devices ─▶ guest time          (paused)
-//!  resume   guest time ─▶ devices ─▶ vCPUs                       (running)
+//!  resume   guest time ─▶ devices ─▶ the boot processor's clock ─▶ vCPUs    (running)
 //!  reset    as pause ─▶ devices at power-on ─▶ interrupt controllers, memory, the guest loaded anew
 //!           ─▶ vCPUs at power-on ─▶ as resume, if it was running
 //! ```
@@ -14,6 +14,9 @@
 //! Nobody is sent a second message that wants an answer before the first was answered, so a stuck one never has more
 //! than one in its mailbox, however often somebody pauses and resumes: what it should be told next is decided when it
 //! answers.
+//!
+//! The boot processor's clock comes before any vCPU runs, because all of them may read it (`vcpu/guest_clock.rs`). Whoever
+//! asked for a resume has his answer before: nothing can come in between but another wish.
 
 use super::state::{Refused, State, Transition};
 use crate::actors::Lifecycle;
@@ -23,6 +26,8 @@ use crate::actors::Lifecycle;
 pub enum Effect {
     /// Send to a vCPU; Pause and Reset are answered.
     Vcpu(usize, Lifecycle),
+    /// Tell the boot processor, which is paused, that guest time goes on; answered.
+    TakeTime,
     /// Send to a device; all but Start are answered.
     Device(usize, Lifecycle),
     /// Guest time stands from now on.
@@ -48,6 +53,8 @@ enum VcpuIs {
     Paused,
     /// Reset was sent.
     Resetting,
+    /// Is told what time it is; when it has answered, all go on together.
+    TakingTime,
 }
 
 /// Where one device is, as far as the machine knows.
@@ -152,6 +159,7 @@ impl Conductor {
         let vcpus = self.vcpus.iter().enumerate().filter_map(|(index, is)| match is {
             VcpuIs::Asked => Some(Pending::Vcpu(index, Lifecycle::Pause)),
             VcpuIs::Resetting => Some(Pending::Vcpu(index, Lifecycle::Reset)),
+            VcpuIs::TakingTime => Some(Pending::Vcpu(index, Lifecycle::Resume)),
             VcpuIs::Running | VcpuIs::Paused => None,
         });
         let devices = self.devices.iter().enumerate();
@@ -246,7 +254,20 @@ impl Conductor {
         self.vcpus[index] = VcpuIs::Paused;
         match self.state {
             // Nobody wants that any more.
-            State::Running => self.wake_vcpu(index),
+            State::Running => self.wake_vcpus(),
+            _ => self.advance(),
+        }
+    }
+
+    /// The boot processor knows what time it is.
+    pub fn time_taken(&mut self) {
+        if self.vcpus[0] != VcpuIs::TakingTime {
+            return;
+        }
+        self.vcpus[0] = VcpuIs::Paused;
+        match self.state {
+            State::Running => self.wake_vcpus(),
+            // Somebody wants it to stand still again, which it does.
             _ => self.advance(),
         }
     }
@@ -397,7 +418,8 @@ impl Conductor {
 
     /// Guest time, devices, vCPUs.
     fn run_on(&mut self) {
-        if std::mem::take(&mut self.frozen) {
+        let stood = std::mem::take(&mut self.frozen);
+        if stood {
             self.effects.push(Effect::ThawTime);
         }
         for index in 0..self.devices.len() {
@@ -410,16 +432,25 @@ impl Conductor {
                 device.wanted = Lifecycle::Start;
             }
         }
-        for index in 0..self.vcpus.len() {
-            if self.vcpus[index] == VcpuIs::Paused {
-                self.wake_vcpu(index);
-            }
+        // One that is alone has nobody who reads its clock before it runs.
+        if stood && self.vcpus.len() > 1 && self.vcpus[0] == VcpuIs::Paused {
+            self.vcpus[0] = VcpuIs::TakingTime;
+            self.effects.push(Effect::TakeTime);
         }
+        self.wake_vcpus();
     }
 
-    fn wake_vcpu(&mut self, index: usize) {
-        self.vcpus[index] = VcpuIs::Running;
-        self.effects.push(Effect::Vcpu(index, Lifecycle::Resume));
+    /// All that stand still go on, unless the boot processor's clock is not right yet.
+    fn wake_vcpus(&mut self) {
+        if self.vcpus[0] == VcpuIs::TakingTime {
+            return;
+        }
+        for (index, vcpu) in self.vcpus.iter_mut().enumerate() {
+            if *vcpu == VcpuIs::Paused {
+                *vcpu = VcpuIs::Running;
+                self.effects.push(Effect::Vcpu(index, Lifecycle::Resume));
+            }
+        }
     }
 }
 
@@ -464,15 +495,47 @@ mod tests {
         machine.resume().unwrap();
         assert_eq!(
             machine.effects(),
-            [
-                ThawTime,
-                Device(0, Resume),
-                Device(1, Resume),
-                Vcpu(0, Resume),
-                Vcpu(1, Resume),
-                Done
-            ]
+            [ThawTime, Device(0, Resume), Device(1, Resume), TakeTime, Done]
         );
+        machine.time_taken();
+        assert_eq!(machine.effects(), [Vcpu(0, Resume), Vcpu(1, Resume)]);
+    }
+
+    #[test]
+    fn nobody_runs_before_the_boot_processor_knows_what_time_it_is() {
+        let mut machine = paused(2, 0);
+        machine.resume().unwrap();
+        assert_eq!(machine.effects(), [ThawTime, TakeTime, Done]);
+        // A pause that comes first finds everybody standing, and waits for the one that is busy.
+        machine.pause().unwrap();
+        assert_eq!((machine.effects(), machine.state()), (vec![], State::Pausing));
+        assert_eq!(machine.pending(), [Pending::Vcpu(0, Resume)]);
+        machine.time_taken();
+        assert_eq!(machine.effects(), [FreezeTime, Done]);
+        // Once more, taken back: it is told once, and the others wait for that.
+        machine.resume().unwrap();
+        machine.pause().unwrap();
+        machine.resume().unwrap();
+        assert_eq!(machine.effects(), [ThawTime, TakeTime, Done, Done]);
+        machine.time_taken();
+        assert_eq!(machine.effects(), [Vcpu(0, Resume), Vcpu(1, Resume)]);
+        machine.time_taken();
+        assert_eq!(machine.effects(), []);
+    }
+
+    #[test]
+    fn one_that_is_late_for_a_pause_goes_on_with_the_others() {
+        let mut machine = running(2, 0);
+        machine.pause().unwrap();
+        machine.vcpu_paused(0);
+        machine.effects();
+        machine.time_is_up();
+        machine.resume().unwrap();
+        assert_eq!(machine.effects(), [FreezeTime, ThawTime, TakeTime, Done]);
+        machine.vcpu_paused(1);
+        assert_eq!(machine.effects(), []);
+        machine.time_taken();
+        assert_eq!(machine.effects(), [Vcpu(0, Resume), Vcpu(1, Resume)]);
     }
 
     #[test]
@@ -634,9 +697,19 @@ mod tests {
             let mut carry_out = |machine: &mut Conductor, outstanding: &mut Vec<Effect>, runs: &mut [bool; VCPUS]| {
                 for effect in machine.effects() {
                     match effect {
-                        Vcpu(index, Resume | Start) => runs[index] = true,
+                        Vcpu(index, Resume | Start) => {
+                            assert!(!outstanding.contains(&TakeTime));
+                            runs[index] = true;
+                        }
+                        TakeTime => {
+                            assert!(!runs[0] && !frozen);
+                            let busy = |other: &Effect| matches!(other, Vcpu(0, _) | TakeTime);
+                            assert!(!outstanding.iter().any(busy));
+                            outstanding.push(effect);
+                        }
                         Vcpu(index, event) => {
                             assert!(!outstanding.iter().any(|other| matches!(other, Vcpu(who, _) if *who == index)));
+                            assert!(index > 0 || !outstanding.contains(&TakeTime));
                             assert!(event == Pause || !runs[index]);
                             outstanding.push(effect);
                         }
@@ -666,6 +739,7 @@ mod tests {
                     machine.vcpu_paused(index);
                 }
                 Vcpu(index, _) => machine.vcpu_reset(index),
+                TakeTime => machine.time_taken(),
                 Device(index, _) => machine.device_done(index),
                 _ => machine.reloaded(),
             };

@@ -63,6 +63,9 @@ pub trait Backend {
     /// The vCPU stands still from now on, for some time: the guest's own watchdogs shall not take that for a lock-up.
     fn paused(&mut self) {}
 
+    /// Guest time goes on after a pause, and other vCPUs will look at this one's clock before it runs.
+    fn take_time(&mut self) {}
+
     /// Back to the state after power-on; with an entry, that of the boot processor of a guest that starts there.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 use super::backend::{Backend, ResetError, RunError};
 use super::debug::{Activity, CpuState};
 use super::exit::{Exit, decode};
+use super::guest_clock;
 use super::power_on::PowerOn;
 use super::registers::Registers;
 use crate::boot::EntryPoint;
@@ -150,6 +151,11 @@ impl Backend for KvmBackend {
         // Fails where the guest has no such clock, which then has no watchdog that looks at it either.
         // [KVM api: KVM_KVMCLOCK_CTRL]
         let _ = self.fd.kvmclock_ctrl();
+    }
+
+    fn take_time(&mut self) {
+        // Where it cannot be done, a guest may see its clock go back by a pause.
+        let _ = guest_clock::take_time(&mut self.fd);
     }
 
     fn reset(&mut self, entry: Option<&EntryPoint>) -> Result<(), ResetError> {

@@ -16,6 +16,7 @@ pub mod activity;
 pub mod backend;
 pub mod debug;
 pub mod exit;
+mod guest_clock;
 pub mod kick;
 pub mod kvm;
 pub mod power_on;
@@ -45,13 +46,15 @@ pub enum VcpuMessage {
     Lifecycle(Lifecycle),
     /// [`Lifecycle::Reset`] of the boot processor: the guest that was loaded anew starts here.
     ResetTo(EntryPoint),
+    /// Guest time goes on after a pause: to the boot processor, before any of them runs. Answered.
+    TakeTime,
     /// From a debugger, with the way back.
     Debug(DebugRequest),
     /// The vCPU ends.
     Stop,
 }
 
-/// Messages a vCPU's mailbox holds: the machine actor has one on its way that is answered (Pause, Reset), sends no other
+/// Messages a vCPU's mailbox holds: the machine actor has one on its way that is answered (Pause, Reset, TakeTime), sends no other
 /// before the answer, and may have sent Resume before it; Stop may come on top. A debugger has one.
 const MAILBOX: usize = 5;
 
@@ -71,6 +74,8 @@ pub enum VcpuEvent {
     Ready,
     /// It does not run the guest until [`Lifecycle::Resume`]. No access is pending.
     Paused,
+    /// What the guest reads the time from is right again.
+    TimeTaken,
     /// It is in the state after power-on, and still paused; or it cannot be.
     Reset(Result<(), ResetError>),
     /// It has stopped for the debugger, and waits for [`Lifecycle::Resume`]. No access is pending.
@@ -330,6 +335,10 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
                         return State::Running;
                     }
                 }
+                Ok(VcpuMessage::TakeTime) => {
+                    self.backend.take_time();
+                    self.tell(VcpuEvent::TimeTaken);
+                }
                 Ok(VcpuMessage::Debug(request)) => self.serve_debugger(request, true),
                 Ok(VcpuMessage::Lifecycle(Lifecycle::Pause)) => self.pause(),
                 Ok(VcpuMessage::Lifecycle(Lifecycle::Reset)) => self.reset(None),
@@ -382,6 +391,8 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
                 // A reset comes to a vCPU that is paused, and to no other.
                 Ok(VcpuMessage::Lifecycle(Lifecycle::Start | Lifecycle::Resume | Lifecycle::Reset))
                 | Ok(VcpuMessage::ResetTo(_)) => {}
+                // Nor is one told so that runs: KVM does it by itself then.
+                Ok(VcpuMessage::TakeTime) => self.tell(VcpuEvent::TimeTaken),
                 Ok(VcpuMessage::Debug(request)) => self.serve_debugger(request, false),
                 Ok(VcpuMessage::Stop) | Err(TryRecvError::Disconnected) => return Some(State::Ended),
                 Err(TryRecvError::Empty) => return None,
@@ -453,6 +464,7 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
                     return Some(State::Waiting);
                 }
                 Ok(VcpuMessage::Lifecycle(Lifecycle::Reset) | VcpuMessage::ResetTo(_)) => {}
+                Ok(VcpuMessage::TakeTime) => self.tell(VcpuEvent::TimeTaken),
                 Ok(VcpuMessage::Debug(request)) => self.serve_debugger(request, false),
                 Ok(VcpuMessage::Stop) | Err(_) => return Some(State::Ended),
             }

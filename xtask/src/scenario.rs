@@ -18,6 +18,9 @@ pub struct Scenario {
     /// Seconds from the start of the VMM to the end of everything.
     #[serde(default = "default_limit")]
     pub limit: u64,
+    /// Seconds for each script that runs in the emulated host.
+    #[serde(default = "default_limit")]
+    pub script_limit: u64,
     #[serde(default)]
     pub kernel: Kernel,
     #[serde(default)]

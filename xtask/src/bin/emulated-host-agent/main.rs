@@ -13,6 +13,7 @@ mod report;
 mod run;
 mod smaps;
 mod vmm;
+mod witness;
 
 use std::fs;
 use std::path::Path;
@@ -24,12 +25,11 @@ use harness::scenario;
 use crate::report::Report;
 
 fn main() {
-    if std::env::args()
-        .next()
-        .is_some_and(|name| name.ends_with("port-meter"))
-    {
-        if let Err(error) = port_meter::main() {
-            eprintln!("port-meter: {error:#}");
+    let name = std::env::args().next().unwrap_or_default();
+    let name = name.rsplit('/').next().unwrap_or_default();
+    if let Some(main) = by_name(name) {
+        if let Err(error) = main() {
+            eprintln!("{name}: {error:#}");
             std::process::exit(1);
         }
         return;
@@ -58,6 +58,15 @@ fn main() {
         eprintln!("emulated-host-agent: {error:#}");
     }
     host::power_off();
+}
+
+/// What this program is inside a guest, by the name it was called by.
+fn by_name(name: &str) -> Option<fn() -> Result<()>> {
+    match name {
+        "port-meter" => Some(port_meter::main),
+        "witness" => Some(witness::main),
+        _ => None,
+    }
 }
 
 fn jobs(report: &Report) -> Result<()> {

@@ -158,7 +158,8 @@ impl Port {
     }
 }
 
-fn stay_on(cpu: usize) -> Result<()> {
+/// Binds this thread to a CPU.
+pub fn stay_on(cpu: usize) -> Result<()> {
     // SAFETY: all zeroes is an empty set; CPU_SET writes inside it, as the number is below 1024; the call reads it.
     let done = unsafe {
         let mut set: libc::cpu_set_t = mem::zeroed();

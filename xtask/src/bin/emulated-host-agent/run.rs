@@ -17,14 +17,13 @@ use crate::{host, vmm};
 
 const WORK: &str = "/run/work";
 const CONSOLE: &str = "/run/work/console";
-/// A guest whose script calls it gets it.
-const PORT_METER: &str = "port-meter";
+/// A guest whose script calls one of these gets it. It is this program, by another name.
+const IN_GUEST: [&str; 2] = ["port-meter", "witness"];
 const BASE_INITRD: &str = "/guest/base.cpio";
+/// How the titles of scripts' outputs begin.
+const SCRIPT: &str = "script ";
 /// A console that says more than this is cut in the report: the serial port is slow.
 const EVIDENCE_LIMIT: usize = 48 * 1024;
-/// Scripts of the emulated host have to be quick; the limit of the scenario counts for the VMM.
-const SCRIPT_LIMIT: Duration = Duration::from_secs(60);
-
 #[derive(Default)]
 pub struct Options {
     pub vmm: Kind,
@@ -37,7 +36,7 @@ pub struct Options {
 pub fn scenario(scenario: &Scenario, options: &Options, report: &Report) {
     report.send(&Event::Start {
         job: scenario.name.clone(),
-        limit: scenario.limit + 2 * SCRIPT_LIMIT.as_secs(),
+        limit: scenario.limit + 2 * scenario.script_limit,
     });
     let started = Instant::now();
     let mut evidence = Evidence::default();
@@ -74,6 +73,12 @@ impl Evidence {
         if !text.is_empty() {
             self.0.push((title.to_owned(), text.to_vec()));
         }
+    }
+
+    /// What scripts of the emulated host have written.
+    fn scripts(&self) -> impl Iterator<Item = std::borrow::Cow<'_, str>> {
+        let scripts = self.0.iter().filter(|(title, _)| title.starts_with(SCRIPT));
+        scripts.map(|(_, text)| String::from_utf8_lossy(text))
     }
 }
 
@@ -172,8 +177,10 @@ fn attempt(
         Some(_) => format!("ended {end_ms} ms after the last step, status {status}"),
         None => format!("status {status}"),
     };
-    // What the guest measured.
-    for figure in console.lines().filter_map(|line| line.strip_prefix("figure: ")) {
+    // What the guest measured, and what was measured around it.
+    let scripts: String = evidence.scripts().collect();
+    let lines = console.lines().chain(scripts.lines());
+    for figure in lines.filter_map(|line| line.strip_prefix("figure: ")) {
         note.push_str(&format!("; {}", figure.trim()));
     }
     Ok(note)
@@ -364,7 +371,7 @@ fn script(
     command.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
     // Not by busybox's timeout: its watcher outlives the script by up to a second, and would count as left behind.
     let mut child = command.spawn().context("cannot start busybox")?;
-    let deadline = Instant::now() + SCRIPT_LIMIT;
+    let deadline = Instant::now() + Duration::from_secs(scenario.script_limit);
     let status = loop {
         if let Some(status) = child.try_wait()? {
             break status;
@@ -375,7 +382,7 @@ fn script(
         }
         std::thread::sleep(Duration::from_millis(5));
     };
-    evidence.add(&format!("script `{what}`"), &fs::read(&log)?);
+    evidence.add(&format!("{SCRIPT}`{what}`"), &fs::read(&log)?);
     ensure!(status.success(), "the script `{what}` failed ({status})");
     Ok(())
 }
@@ -384,9 +391,10 @@ fn script(
 fn initrd(scenario: &Scenario) -> Result<String> {
     let mut archive = Archive::new();
     archive.file("script", 0o755, scenario.guest_script().as_bytes());
-    if scenario.guest_script().contains(PORT_METER) {
-        // It is this program, by another name.
-        archive.file(&format!("bin/{PORT_METER}"), 0o755, &fs::read("/init")?);
+    for name in IN_GUEST {
+        if scenario.guest_script().contains(name) {
+            archive.file(&format!("bin/{name}"), 0o755, &fs::read("/init")?);
+        }
     }
     let mut bytes = fs::read(BASE_INITRD).context("the emulated host has no guest")?;
     bytes.extend_from_slice(&archive.finish());
