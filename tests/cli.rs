@@ -10,8 +10,9 @@ mod terminal;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 use process::{
-    Ended, LIMIT, PROGRAM, PROMPT, Place, collect, eventually, finish, have_kvm, signal, skipped, wait,
+    Ended, LIMIT, PROGRAM, PROMPT, Place, collect, eventually, finish, have_kvm, signal, skipped, stop, wait,
 };
 use std::io::{BufRead, BufReader, PipeWriter, Read, Write};
 use std::os::fd::AsFd;
@@ -816,6 +817,42 @@ fn escapes_in_piped_input_are_the_guests() {
     child.stdin.take().unwrap().write_all(b"a\x01xb\x03\x04").unwrap();
     assert_eq!(wait(&mut child, LIMIT), 15);
     assert_eq!(stdout.join().unwrap(), b"up\na\x01xb\x03");
+}
+
+#[test]
+fn a_program_that_is_stopped_goes_on_where_it_was() {
+    if !have_kvm() {
+        return;
+    }
+    let place = Place::with_kernel(guest::echo());
+    let mut child = place
+        .command("run --kernel k --log-level error")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let stderr = collect(child.stderr.take().unwrap());
+    let (mut stdin, mut stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    let mut hear = |expected: &[u8]| {
+        let mut heard = vec![0; expected.len()];
+        stdout.read_exact(&mut heard).unwrap();
+        assert_eq!(heard, expected);
+    };
+    hear(b"up\n");
+    for round in 0..20 {
+        let (before, meanwhile) = (format!("<{round} before>"), format!("<{round} meanwhile>"));
+        // Some of it is under way when it is stopped.
+        stdin.write_all(before.as_bytes()).unwrap();
+        stop(Pid::from_raw(child.id() as i32));
+        stdin.write_all(meanwhile.as_bytes()).unwrap();
+        signal(&child, Signal::SIGCONT);
+        hear(before.as_bytes());
+        hear(meanwhile.as_bytes());
+    }
+    stdin.write_all(&[4]).unwrap();
+    assert_eq!(wait(&mut child, LIMIT), 15);
+    assert_eq!(stderr.join().unwrap(), b"");
 }
 
 // Ends.

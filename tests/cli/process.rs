@@ -233,6 +233,24 @@ pub fn signal(child: &Child, signal: nix::sys::signal::Signal) {
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id() as i32), signal).unwrap();
 }
 
+/// Stops the program as nobody can refuse, and waits until each of its threads stands.
+#[track_caller]
+pub fn stop(process: nix::unistd::Pid) {
+    nix::sys::signal::kill(process, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    eventually("all of it stands", || {
+        let mut tasks = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
+        tasks.all(|task| {
+            // A thread that has just ended stands as well.
+            let stat = std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap_or_default();
+            // The state is behind the name, which may have anything in it.
+            stat.rsplit(')')
+                .next()
+                .is_none_or(|rest| rest.trim_start().starts_with('T'))
+                || stat.is_empty()
+        })
+    });
+}
+
 /// Waits until something holds.
 #[track_caller]
 pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {

@@ -1,11 +1,11 @@
 //! The program on a terminal of its own: whatever ends it, the terminal is as it was.
 
-use super::process::{LIMIT, PROGRAM, PROMPT, Place, eventually, have_kvm, signal, wait};
+use super::process::{LIMIT, PROGRAM, PROMPT, Place, eventually, have_kvm, signal, stop, wait};
 use super::{guest, plain};
 use nix::fcntl::OFlag;
 use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::termios::{LocalFlags, Termios, tcgetattr};
+use nix::sys::termios::{LocalFlags, SetArg, Termios, tcgetattr, tcsetattr};
 use nix::unistd::{Pid, tcgetpgrp};
 use std::fs::File;
 use std::io::{Read, Write};
@@ -278,6 +278,59 @@ fn a_shell_gets_its_terminal_back_while_the_program_is_stopped() {
     // The shell puts the words together only when it runs the line.
     session.type_in(b"echo sta''tus $?\n");
     session.expect("status 15");
+    session.type_in(b"exit 3\n");
+    assert_eq!(session.end(LIMIT), 3);
+}
+
+#[test]
+fn a_stop_that_nobody_can_refuse_costs_neither_the_terminal_nor_the_guest() {
+    if !have_kvm() {
+        return;
+    }
+    // Whoever stops it so puts the terminal right himself, and it finds its own way again.
+    let place = Place::with_kernel(guest::echo());
+    let mut session = Session::start(&place, "run --kernel k");
+    session.expect("up\n");
+    session.expect_raw();
+    let program = Pid::from_raw(session.child.id() as i32);
+    for round in ["<first>", "<second>"] {
+        stop(program);
+        tcsetattr(&session.slave, SetArg::TCSANOW, &session.before).unwrap();
+        signal(&session.child, Signal::SIGCONT);
+        session.expect_raw();
+        session.type_in(round.as_bytes());
+        session.expect(round);
+    }
+    session.type_in(b"\x04");
+    assert_eq!(session.end(LIMIT), 15);
+
+    // A shell in between, as with Ctrl-Z.
+    let mut shell = Command::new("/bin/sh");
+    shell.arg("-i").current_dir(place.path());
+    let mut session = Session::start_command(shell, true);
+    let shell = Pid::from_raw(session.child.id() as i32);
+    session.type_in(format!("{PROGRAM} run --kernel k\n").as_bytes());
+    session.expect("up\n");
+    session.expect_raw();
+    let program = session.foreground();
+    for round in ["<first>", "<second>"] {
+        stop(program);
+        eventually("the shell has the terminal", || session.foreground() == shell);
+        tcsetattr(&session.slave, SetArg::TCSANOW, &session.before).unwrap();
+        // Going on in the background it leaves the terminal alone: it is the shell's.
+        kill(program, Signal::SIGCONT).unwrap();
+        session.type_in(b"echo ba''ck\n");
+        session.expect("back");
+        session.assert_as_before();
+        session.type_in(b"fg\n");
+        eventually("the program has the terminal", || session.foreground() == program);
+        session.expect_raw();
+        session.type_in(round.as_bytes());
+        session.expect(round);
+        session.text.clear();
+    }
+    session.type_in(b"\x04");
+    eventually("the program has ended", || session.foreground() == shell);
     session.type_in(b"exit 3\n");
     assert_eq!(session.end(LIMIT), 3);
 }
