@@ -288,13 +288,18 @@ fn disks_that_cannot_be_are_refused_before_anything_is_made() {
             "--disk path=disk --disk path=disk,ro",
             &["--disk path=disk", "another program uses it"],
         ),
+        ("--vsock cid=3,uds=disk", &["--vsock uds=disk", "no socket"]),
     ] {
         let ended = place.run(&format!("run --kernel k {words}"));
         assert_refused(&ended, BAD_INPUT, said);
     }
+    let ended = place.run("run --kernel k --vsock cid=3,uds=no/v");
+    assert_refused(&ended, HOST_TROUBLE, &["--vsock uds=no/v", "check the directory"]);
     for (words, said) in [
         ("--disk odd", &["--disk", "no key 'odd'"][..]),
         ("--disk path=disk,queues=99", &["--disk", "queues=99", "1 to 16"]),
+        ("--vsock cid=2,uds=v", &["--vsock", "cid=2", "3 to 4294967294"]),
+        ("--vsock uds=v", &["--vsock", "'cid' is missing"]),
         ("--notify pigeon", &["--notify", "eventfd and message"]),
     ] {
         assert_usage(&place.run(&format!("run --kernel k {words}")), said);

@@ -17,6 +17,7 @@ use crate::machine::supervisor::{self, Guest, MAX_CPUS, MachineConfig, OnReset};
 use crate::virtio::block::DiskConfig;
 use crate::virtio::config::VirtioConfig;
 use crate::virtio::net::NetConfig;
+use crate::virtio::vsock::VsockConfig;
 use crate::virtio::{Notify, Transport};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use nix::sys::signal::{SigHandler, Signal};
@@ -108,6 +109,10 @@ struct Run {
     /// An entropy device, fed from the host's /dev/urandom
     #[arg(long)]
     rng: bool,
+    /// A socket device: cid=N (the guest's context identifier, from 3 on), uds=PATH (a Unix socket by which the host's
+    /// programs reach the guest's; the guest reaches theirs at PATH_PORT)
+    #[arg(long, value_name = "cid=N,uds=PATH")]
+    vsock: Option<VsockConfig>,
     /// How drivers find virtio devices: mmio (a page of registers each, described by ACPI), or pci (a bus)
     #[arg(long, value_name = "TRANSPORT", default_value = "mmio")]
     transport: Transport,
@@ -253,6 +258,7 @@ impl Run {
                 disks: self.disk.clone(),
                 nets: self.net.clone(),
                 rng: self.rng,
+                vsock: self.vsock.clone(),
                 transport: self.transport,
                 notify: self.notify,
             },

@@ -5,7 +5,6 @@
 //! | `verbs.rs` | the verbs, their requests and answers, as JSON: no transport |
 //! | `observatory.rs` | everything that can be read without asking anybody |
 //! | `why.rs` | who waits for whom, made of what was read: pure |
-//! | `socket.rs` | the Unix socket: made, found stale, removed |
 //! | `plane.rs` | the control thread: clients, signals |
 //! | `lines.rs` | lines in and out of one client, with bounds: pure |
 //! | `client.rs` | `actor-vmm ctl` |
@@ -18,6 +17,5 @@ pub mod client;
 pub mod lines;
 pub mod observatory;
 pub mod plane;
-pub mod socket;
 pub mod verbs;
 pub mod why;

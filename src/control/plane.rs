@@ -9,13 +9,13 @@
 
 use super::lines::{Lines, Next};
 use super::observatory::{GLANCE, Observatory};
-use super::socket::ControlSocket;
 use super::verbs::{self, Class, Id};
 use crate::actors::{Rank, RankGuard};
 use crate::host::bus::MemoryWatch;
 use crate::host::character::{Waker, wake};
 use crate::host::events::HostEvent;
 use crate::host::signals::{self, Signals};
+use crate::host::socket::OwnedSocket;
 use crate::machine::request::{Answer, MachineAddress, Reply};
 use crate::vcpu::kick::KickHandle;
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -41,7 +41,7 @@ pub struct Plane {
     /// Where signals arrive.
     pub signals: Signals,
     /// The control socket, if there is one.
-    pub socket: Option<ControlSocket>,
+    pub socket: Option<OwnedSocket>,
     /// The machine actor.
     pub machine: MachineAddress,
     /// Where to look.

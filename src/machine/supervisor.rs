@@ -17,7 +17,6 @@ use crate::boot::{self, AcpiConfig, BootConfig, BootError, EntryPoint};
 use crate::clock::Clock;
 use crate::control::observatory::{Observatory, Published};
 use crate::control::plane::Plane;
-use crate::control::socket::{ControlSocket, SocketError};
 use crate::devices::rtc::MemorySize;
 use crate::devices::shell::InterruptLine;
 use crate::devices::tarpit::Mire;
@@ -27,6 +26,7 @@ use crate::host::character::Waker;
 use crate::host::console::{self, Console, ConsoleError, ConsoleKind};
 use crate::host::events::{self, CharacterDevice, EventLoop, TimedDevice};
 use crate::host::signals::{self, Signals};
+use crate::host::socket::{OwnedSocket, SocketError};
 use crate::vcpu::activity::{Activity, Watch};
 use crate::vcpu::backend::Backend;
 use crate::vcpu::kick;
@@ -153,8 +153,10 @@ pub enum StartError {
 impl StartError {
     /// Whether the user can mend it with other input, as opposed to another host.
     pub fn is_bad_input(&self) -> bool {
-        if let StartError::Virtio(error) = self {
-            return error.is_bad_input();
+        match self {
+            StartError::Virtio(error) => return error.is_bad_input(),
+            StartError::Control(error) => return error.is_bad_input(),
+            _ => {}
         }
         matches!(
             self,
@@ -164,15 +166,15 @@ impl StartError {
                 | StartError::Console(ConsoleError::Same(_) | ConsoleError::Used { .. })
                 | StartError::Cpus(_)
                 | StartError::Console(ConsoleError::File { .. })
-                | StartError::Control(
-                    SocketError::InUse(_) | SocketError::NotASocket(_) | SocketError::Path(_)
-                )
                 | StartError::Image
                 | StartError::Gdb(_)
                 | StartError::Vm(VmError::TooManyVcpus { .. } | VmError::AddressBits { .. })
         )
     }
 }
+
+/// Clients of the control socket that wait to be accepted.
+const CONTROL_BACKLOG: i32 = 16;
 
 /// More than this no machine has: lanes are made for it.
 pub const MAX_CPUS: usize = 1024;
@@ -386,7 +388,8 @@ where
             crate::host::log::print(&format!("console: {}", console.name));
         }
     }
-    let socket = config.control.as_deref().map(ControlSocket::bind).transpose()?;
+    let bind = |path| OwnedSocket::bind("--control ", path, CONTROL_BACKLOG);
+    let socket = config.control.as_deref().map(bind).transpose()?;
     kick::install_handler()?;
     let signals = signals::collect()?;
     for console in [&console, &debug_console] {
@@ -486,7 +489,7 @@ struct Assembly<B> {
     queues: Vec<(usize, QueueActor)>,
     links: Vec<LinkSwitch>,
     signals: Signals,
-    socket: Option<ControlSocket>,
+    socket: Option<OwnedSocket>,
     address: MachineAddress,
     published: Arc<Published>,
     dispatch: Dispatch,

@@ -7,6 +7,7 @@ use super::net::{self, Link, Mac, NetConfig, NetError};
 use super::queue::Handler;
 use super::registers::Identity;
 use super::rng::{self, Rng};
+use super::vsock::{self, VsockConfig, VsockError};
 use super::{Notify, Transport};
 use slog::Logger;
 use std::io;
@@ -24,6 +25,8 @@ pub struct VirtioConfig {
     pub nets: Vec<NetConfig>,
     /// An entropy device.
     pub rng: bool,
+    /// A socket device.
+    pub vsock: Option<VsockConfig>,
     /// How drivers get at them.
     pub transport: Transport,
     /// How notifications travel.
@@ -35,7 +38,7 @@ pub struct VirtioConfig {
 pub enum VirtioError {
     /// Too many.
     #[error(
-        "{wanted} virtio devices (--disk, --net, --rng) are more than a machine can have ({MAX_DEVICES})"
+        "{wanted} virtio devices (--disk, --net, --rng, --vsock) are more than a machine can have ({MAX_DEVICES})"
     )]
     TooMany {
         /// As asked for.
@@ -47,6 +50,9 @@ pub enum VirtioError {
     /// A network device.
     #[error(transparent)]
     Net(#[from] NetError),
+    /// A socket device.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
     /// Two of one tap.
     #[error("--net tap={0}: two network devices cannot share a tap")]
     SameTap(String),
@@ -67,6 +73,7 @@ impl VirtioError {
             | VirtioError::SameTap(_)
             | VirtioError::SameMac(_) => true,
             VirtioError::Net(error) => error.is_bad_input(),
+            VirtioError::Vsock(error) => error.is_bad_input(),
             VirtioError::Random(_) => false,
         }
     }
@@ -82,13 +89,16 @@ const NET_NAMES: [&str; MAX_DEVICES] = [
     "net12", "net13", "net14", "net15",
 ];
 const RNG_NAME: &str = "rng0";
+const VSOCK_NAME: &str = "vsock0";
 
 impl VirtioConfig {
     /// The names of the devices, in the order of their places.
     pub fn names(&self) -> Vec<&'static str> {
         let disks = DISK_NAMES.into_iter().take(self.disks.len());
         let nets = NET_NAMES.into_iter().take(self.nets.len());
-        disks.chain(nets).chain(self.rng.then_some(RNG_NAME)).collect()
+        let rng = self.rng.then_some(RNG_NAME);
+        let vsock = self.vsock.is_some().then_some(VSOCK_NAME);
+        disks.chain(nets).chain(rng).chain(vsock).collect()
     }
 
     /// What contradicts itself.
@@ -96,7 +106,8 @@ impl VirtioConfig {
     /// # Errors
     /// [`VirtioError::TooMany`], [`VirtioError::SameTap`], [`VirtioError::SameMac`].
     pub fn check(&self) -> Result<(), VirtioError> {
-        let wanted = self.disks.len() + self.nets.len() + usize::from(self.rng);
+        let others = usize::from(self.rng) + usize::from(self.vsock.is_some());
+        let wanted = self.disks.len() + self.nets.len() + others;
         if wanted > MAX_DEVICES {
             return Err(VirtioError::TooMany { wanted });
         }
@@ -151,6 +162,15 @@ impl VirtioConfig {
                 link: None,
             });
         }
+        if let Some(config) = &self.vsock {
+            let vsock = vsock::open(VSOCK_NAME, config, log)?;
+            opened.push(Opened {
+                name: VSOCK_NAME,
+                identity: vsock.identity,
+                handlers: vsock.handlers,
+                link: None,
+            });
+        }
         Ok(opened)
     }
 }
@@ -182,7 +202,7 @@ mod tests {
         let log = Logger::root(slog::Discard, slog::o!());
         let error = config.open(&log).map(|_| ()).unwrap_err().to_string();
         assert!(
-            error.starts_with("17 virtio devices (--disk, --net, --rng)"),
+            error.starts_with("17 virtio devices (--disk, --net, --rng, --vsock)"),
             "{error}"
         );
         assert_eq!(config.names().len(), MAX_DEVICES + 1);

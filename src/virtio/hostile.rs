@@ -13,6 +13,7 @@ use super::rng::Rng;
 use super::testing::{
     AVAILABLE, DESCRIPTORS, INDIRECT, MEMORY_BYTES, NEXT, Outcome, R, Rig, USED, W, WRITE, kept_log,
 };
+use super::vsock;
 use crate::devices::shell::DeviceMessage;
 use crate::devices::testing::FakeContext;
 use crate::devices::{Access, BackendEvent, Device, Queues, Width};
@@ -35,7 +36,7 @@ struct Subject {
     handler: Box<dyn Handler>,
     probe: Box<dyn Fn(&mut Rig) -> Outcome>,
     served: Outcome,
-    _file: Option<Scratch>,
+    _kept: Box<dyn std::any::Any>,
 }
 
 fn subjects() -> Vec<Subject> {
@@ -52,14 +53,14 @@ fn subjects() -> Vec<Subject> {
             rig.request(&[R(0x5000, 16), W(0x6000, 20), W(0x6100, 1)])
         }),
         served: Outcome::Used(21),
-        _file: Some(file),
+        _kept: Box::new(file),
     };
     let rng = Subject {
         name: "rng",
         handler: Box::new(Rng::open().unwrap()),
         probe: Box::new(|rig| rig.request(&[W(0x5000, 16)])),
         served: Outcome::Used(16),
-        _file: None,
+        _kept: Box::new(()),
     };
     let (mut all, (pair, host)) = (vec![disk, rng], net::testing::pair());
     let link = net::testing::link(quiet());
@@ -76,7 +77,7 @@ fn subjects() -> Vec<Subject> {
             rig.request(&[W(0x5000, 12), W(0x6000, 1600)])
         }),
         served: Outcome::Used(72),
-        _file: None,
+        _kept: Box::new(()),
     });
     all.push(Subject {
         name: "net transmit",
@@ -94,14 +95,32 @@ fn subjects() -> Vec<Subject> {
             outcome
         }),
         served: Outcome::Used(0),
-        _file: None,
+        _kept: Box::new(()),
     });
     all.push(Subject {
         name: "net control",
         handler: Box::new(Control::without_commands()),
         probe: Box::new(|rig| rig.request(&[R(0x5000, 4), W(0x6000, 1)])),
         served: Outcome::Used(1),
-        _file: None,
+        _kept: Box::new(()),
+    });
+    let (place, receive, transmit) = vsock::tests::queues::handlers();
+    all.push(Subject {
+        name: "vsock receive",
+        handler: Box::new(receive),
+        probe: Box::new(|rig| rig.request(&[W(0x5000, 44), W(0x6000, 100)])),
+        served: Outcome::Used(44),
+        _kept: Box::new(place),
+    });
+    all.push(Subject {
+        name: "vsock transmit",
+        handler: Box::new(transmit),
+        probe: Box::new(|rig| {
+            rig.write(0x5000, &[0; 44]);
+            rig.request(&[R(0x5000, 44)])
+        }),
+        served: Outcome::Used(0),
+        _kept: Box::new(()),
     });
     all
 }

@@ -16,7 +16,7 @@
 //! | who may touch guest memory, and how it is taken back | `lease.rs` |
 //! | descriptor chains from a guest, and back | `chain.rs`, `used.rs` |
 //! | interrupts that queues' actors raise themselves | `interrupt.rs` |
-//! | the devices | `rng.rs`, `block/`, `net/` |
+//! | the devices | `rng.rs`, `block/`, `net/`, `vsock/` |
 //! | what the user says, and what is opened for it | `config.rs`, `keys.rs` |
 //!
 //! [VIRTIO 1.2] is <https://docs.oasis-open.org/virtio/virtio/v1.2/virtio-v1.2.html>.
@@ -39,6 +39,7 @@ pub mod rng;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod used;
+pub mod vsock;
 
 /// The most that is copied between guest memory and a queue's own buffer in one touch, bytes. Larger costs memory a
 /// queue and time when a reset has to wait for it, smaller costs system calls.

@@ -67,8 +67,9 @@ impl From<Malformed> for Interruption {
 
 /// What a device does with a request. Runs on the queue's own thread, and may block there.
 pub trait Handler: Send {
-    /// A driver has started the device with these features.
-    fn start(&mut self, _features: u64) {}
+    /// A driver has started the device with these features. `life`: which start it is; the device's queues are told the
+    /// same.
+    fn start(&mut self, _features: u64, _life: u32) {}
 
     /// The driver has reset the device, or broken it. Called when the actor finds out, which is soon.
     fn stopped(&mut self) {}
@@ -84,14 +85,14 @@ pub trait Handler: Send {
         None
     }
 
-    /// What of the host may come to its end while it is the driver who has to do something. [`Handler::ended`] is called
-    /// then, after which this must be another one or none.
-    fn watches(&self) -> Option<BorrowedFd<'_>> {
+    /// What of the host is to be noticed while it is the driver who has to do something. [`Handler::noticed`] is called
+    /// then, and [`Handler::prepare`]; after these it must have ceased, or this must be none.
+    fn watches(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
         None
     }
 
     /// See [`Handler::watches`].
-    fn ended(&mut self) {}
+    fn noticed(&mut self) {}
 
     /// How much room the next request has to have, bytes: so many of the driver's chains are put together for it, if
     /// there are.
@@ -462,7 +463,7 @@ impl Running {
         let mut served: Option<Start> = None;
         while !self.guest.ending.load(Ordering::Acquire) {
             if let Ok(start) = self.starts.try_recv() {
-                self.handler.start(start.features);
+                self.handler.start(start.features, start.life);
                 served = Some(start);
             }
             let mut rest = Rest::ForDriver;
@@ -492,13 +493,11 @@ impl Running {
             self.signal.again();
             let host = match rest {
                 Rest::ForHost => self.handler.waits_for(),
-                // An end is told without being asked for [poll(2): POLLERR, POLLHUP], but a tap wakes only those who ask for
-                // something to read, urgent or not. Urgent there never is.
-                Rest::ForDriver => self.handler.watches().map(|fd| (fd, PollFlags::POLLPRI)),
+                Rest::ForDriver => self.handler.watches(),
             };
             let woken_by_host = self.guest.rest(self.signal.retry(), host);
             if woken_by_host && rest == Rest::ForDriver {
-                self.handler.ended();
+                self.handler.noticed();
             }
         }
     }

@@ -13,13 +13,14 @@ use crate::process;
 
 const BUSYBOX: &str = "/bin/busybox";
 /// What a guest may load: panics are told to the VMM through pvpanic; virtio's transports and devices.
-const GUEST_MODULES: [&str; 6] = [
+const GUEST_MODULES: [&str; 7] = [
     "pvpanic_mmio",
     "virtio_mmio",
     "virtio_pci",
     "virtio_blk",
     "virtio_rng",
     "virtio_net",
+    "vmw_vsock_virtio_transport",
 ];
 /// KVM for AMD processors, which is what QEMU can emulate; taps, and an interface that leads nowhere.
 const HOST_MODULES: [&str; 3] = ["kvm_amd", "tun", "dummy"];
@@ -79,6 +80,8 @@ pub fn host(kernel: &Kernel, with_qemu: bool) -> Result<Vec<u8>> {
     archive.file("guest/vmlinux", 0o644, &read(&kernel.vmlinux)?);
     archive.file("guest/base.cpio", 0o644, &guest(kernel)?);
     archive.file("etc/passwd", 0o644, USERS.as_bytes());
+    // The agent, by another name.
+    archive.symlink("bin/vsock-peer", "../init");
     let passt = Path::new("/usr/bin/passt");
     with_libraries(&mut archive, passt, &inside(passt))?;
     if with_qemu {

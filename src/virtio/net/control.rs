@@ -47,7 +47,7 @@ impl Control {
 }
 
 impl Handler for Control {
-    fn start(&mut self, _features: u64) {
+    fn start(&mut self, _features: u64, _life: u32) {
         self.stopped();
     }
 
@@ -102,10 +102,10 @@ impl SecondOrControl {
 }
 
 impl Handler for SecondOrControl {
-    fn start(&mut self, features: u64) {
+    fn start(&mut self, features: u64, life: u32) {
         self.is_control = features & 1 << spec::VIRTIO_NET_F_MQ == 0;
         if !self.is_control {
-            self.second.start(features);
+            self.second.start(features, life);
         }
     }
 

@@ -54,7 +54,7 @@ impl Receive {
 }
 
 impl Handler for Receive {
-    fn start(&mut self, features: u64) {
+    fn start(&mut self, features: u64, _life: u32) {
         self.features = features;
         self.source.start(features);
         // A frame that no driver has taken yet is for this one, if it takes such.
@@ -89,12 +89,14 @@ impl Handler for Receive {
         (!self.link.is_lost()).then(|| (self.source.fd(), PollFlags::POLLIN))
     }
 
-    fn watches(&self) -> Option<BorrowedFd<'_>> {
-        // A driver that gives no buffers is to hear of a lost link nevertheless.
-        (self.held != 0 && !self.link.is_lost()).then(|| self.source.fd())
+    fn watches(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
+        // A driver that gives no buffers is to hear of a lost link nevertheless. An end is told without being asked for
+        // [poll(2): POLLERR, POLLHUP], but a tap wakes only those who ask for something to read, urgent or not. Urgent
+        // there never is.
+        (self.held != 0 && !self.link.is_lost()).then(|| (self.source.fd(), PollFlags::POLLPRI))
     }
 
-    fn ended(&mut self) {
+    fn noticed(&mut self) {
         // The next look at the source finds out what has happened.
         self.held = 0;
     }

@@ -13,6 +13,7 @@ mod report;
 mod run;
 mod smaps;
 mod vmm;
+mod vsock_peer;
 mod witness;
 
 use std::fs;
@@ -64,6 +65,7 @@ fn main() {
 fn by_name(name: &str) -> Option<fn() -> Result<()>> {
     match name {
         "port-meter" => Some(port_meter::main),
+        "vsock-peer" => Some(vsock_peer::main),
         "witness" => Some(witness::main),
         _ => None,
     }

@@ -1,4 +1,4 @@
-//! The control socket: a Unix socket that only its owner may use (mode 0600).
+//! A Unix socket that others connect to, and that only its owner may use (mode 0600).
 //!
 //! A process that was killed leaves its socket's name behind. It is replaced if nobody listens there, and only then.
 //! Two programs that start at the same time could each take the other's new socket for such a leftover; so looking and
@@ -14,27 +14,42 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// Clients that wait to be accepted.
-const BACKLOG: i32 = 16;
 /// How long another program may keep the directory's lock: it holds it for microseconds.
 const LOCK_LIMIT: Duration = Duration::from_secs(2);
 
-/// Why there is no control socket.
+/// Why there is no socket. `option`: what the user has named it by, as `--control `.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
     /// Another program has it.
-    #[error("--control {}: another program listens there; give another path", .0.display())]
-    InUse(PathBuf),
+    #[error("{option}{}: another program listens there; give another path", .path.display())]
+    InUse {
+        /// As given.
+        option: &'static str,
+        /// The same.
+        path: PathBuf,
+    },
     /// Something else has its name.
-    #[error("--control {}: there is something that is no socket; give another path or remove it", .0.display())]
-    NotASocket(PathBuf),
+    #[error("{option}{}: there is something that is no socket; give another path or remove it", .path.display())]
+    NotASocket {
+        /// As given.
+        option: &'static str,
+        /// The same.
+        path: PathBuf,
+    },
     /// The name is too long for a socket, or has a zero byte.
-    #[error("--control {}: a socket's path has at most 107 bytes; give a shorter one", .0.display())]
-    Path(PathBuf),
+    #[error("{option}{}: a socket's path has at most 107 bytes; give a shorter one", .path.display())]
+    Path {
+        /// As given.
+        option: &'static str,
+        /// The same.
+        path: PathBuf,
+    },
     /// The host.
-    #[error("--control {}: {what}; check the directory and its permissions", .path.display())]
+    #[error("{option}{}: {what}; check the directory and its permissions", .path.display())]
     Host {
         /// As given.
+        option: &'static str,
+        /// The same.
         path: PathBuf,
         /// What was tried.
         what: &'static str,
@@ -44,28 +59,39 @@ pub enum SocketError {
 }
 
 /// A socket that listens, and whose name is removed with the value if it is still its own.
-pub struct ControlSocket {
+pub struct OwnedSocket {
     listener: UnixListener,
     path: PathBuf,
     /// Device and inode of the name.
     identity: (u64, u64),
 }
 
-impl ControlSocket {
-    /// Makes the socket.
+impl SocketError {
+    /// Whether the user can mend it with another path.
+    pub fn is_bad_input(&self) -> bool {
+        !matches!(self, SocketError::Host { .. })
+    }
+}
+
+impl OwnedSocket {
+    /// Makes the socket. `backlog`: how many clients may wait to be accepted.
     ///
     /// # Errors
     /// See [`SocketError`]; nothing is left then, and nothing of others is touched.
-    pub fn bind(path: &Path) -> Result<ControlSocket, SocketError> {
+    pub fn bind(option: &'static str, path: &Path, backlog: i32) -> Result<OwnedSocket, SocketError> {
         let host = |what| {
             let path = path.to_path_buf();
             move |source: Errno| SocketError::Host {
+                option,
                 path,
                 what,
                 source: source.into(),
             }
         };
-        let address = UnixAddr::new(path).map_err(|_| SocketError::Path(path.into()))?;
+        let address = UnixAddr::new(path).map_err(|_| SocketError::Path {
+            option,
+            path: path.into(),
+        })?;
         let fd = socket(
             AddressFamily::Unix,
             SockType::Stream,
@@ -83,8 +109,9 @@ impl ControlSocket {
         match bind(fd.as_raw_fd(), &address) {
             Ok(()) => {}
             Err(Errno::EADDRINUSE) => {
-                replaceable(path, &address)?;
+                replaceable(option, path, &address)?;
                 std::fs::remove_file(path).map_err(|source| SocketError::Host {
+                    option,
                     path: path.into(),
                     what: "a socket that nobody listens to cannot be removed",
                     source,
@@ -94,15 +121,20 @@ impl ControlSocket {
             Err(error) => return Err(host("the socket cannot be made there")(error)),
         }
         let status = lstat(path).map_err(host("the socket that was made is not there"))?;
-        let socket = ControlSocket {
+        let socket = OwnedSocket {
             listener: UnixListener::from(fd),
             path: path.into(),
             identity: (status.st_dev, status.st_ino),
         };
-        let backlog = Backlog::new(BACKLOG).expect("a small number");
+        let backlog = Backlog::new(backlog).expect("a small number");
         listen(&socket.listener, backlog).map_err(host("nobody can be listened to"))?;
         drop(lock);
         Ok(socket)
+    }
+
+    /// Its name.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The socket.
@@ -111,7 +143,7 @@ impl ControlSocket {
     }
 }
 
-impl Drop for ControlSocket {
+impl Drop for OwnedSocket {
     fn drop(&mut self) {
         // Somebody may have removed it, and somebody else have made his.
         if lstat(&self.path).is_ok_and(|status| (status.st_dev, status.st_ino) == self.identity) {
@@ -138,12 +170,13 @@ fn lock(directory: &Path) -> Result<Flock<File>, Errno> {
 }
 
 /// Whether what has the name is a socket to which nobody listens.
-fn replaceable(path: &Path, address: &UnixAddr) -> Result<(), SocketError> {
-    let kind = lstat(path).map_or(SFlag::empty(), |status| {
+fn replaceable(option: &'static str, path: &Path, address: &UnixAddr) -> Result<(), SocketError> {
+    let path = path.to_path_buf();
+    let kind = lstat(&path).map_or(SFlag::empty(), |status| {
         SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT
     });
     if kind != SFlag::S_IFSOCK {
-        return Err(SocketError::NotASocket(path.into()));
+        return Err(SocketError::NotASocket { option, path });
     }
     let probe: OwnedFd = socket(
         AddressFamily::Unix,
@@ -152,14 +185,15 @@ fn replaceable(path: &Path, address: &UnixAddr) -> Result<(), SocketError> {
         None,
     )
     .map_err(|source| SocketError::Host {
-        path: path.into(),
+        option,
+        path: path.clone(),
         what: "no socket can be made",
         source: source.into(),
     })?;
     match connect(probe.as_raw_fd(), address) {
         Err(Errno::ECONNREFUSED) => Ok(()),
         // Somebody is there, or (EAGAIN: his backlog is full; EACCES: it is another user's) may be.
-        _ => Err(SocketError::InUse(path.into())),
+        _ => Err(SocketError::InUse { option, path }),
     }
 }
 
@@ -168,6 +202,10 @@ mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
     use std::os::unix::net::UnixStream;
+
+    fn bind_at(path: &Path) -> Result<OwnedSocket, SocketError> {
+        OwnedSocket::bind("--control ", path, 16)
+    }
 
     struct Place(PathBuf);
 
@@ -191,7 +229,7 @@ mod tests {
     #[test]
     fn it_is_its_owners_alone_and_gone_at_the_end() {
         let place = Place::new("mode");
-        let socket = ControlSocket::bind(&place.path()).unwrap();
+        let socket = bind_at(&place.path()).unwrap();
         let mode = std::fs::metadata(place.path()).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         UnixStream::connect(place.path()).unwrap();
@@ -204,13 +242,13 @@ mod tests {
         let place = Place::new("stale");
         // A socket whose owner is gone without a word, as after SIGKILL.
         drop(UnixListener::bind(place.path()).unwrap());
-        let first = ControlSocket::bind(&place.path()).unwrap();
-        let Err(SocketError::InUse(_)) = ControlSocket::bind(&place.path()) else {
+        let first = bind_at(&place.path()).unwrap();
+        let Err(SocketError::InUse { .. }) = bind_at(&place.path()) else {
             panic!("two have it")
         };
         UnixStream::connect(place.path()).unwrap();
         drop(first);
-        ControlSocket::bind(&place.path()).unwrap();
+        bind_at(&place.path()).unwrap();
     }
 
     #[test]
@@ -221,7 +259,7 @@ mod tests {
             let threads: Vec<_> = (0..4)
                 .map(|_| {
                     let path = place.path();
-                    std::thread::spawn(move || ControlSocket::bind(&path).ok())
+                    std::thread::spawn(move || bind_at(&path).ok())
                 })
                 .collect();
             let got: Vec<_> = threads
@@ -238,15 +276,15 @@ mod tests {
         let place = Place::new("others");
         std::fs::write(place.path(), "text").unwrap();
         assert!(matches!(
-            ControlSocket::bind(&place.path()),
-            Err(SocketError::NotASocket(_))
+            bind_at(&place.path()),
+            Err(SocketError::NotASocket { .. })
         ));
         assert_eq!(std::fs::read(place.path()).unwrap(), b"text");
         std::fs::remove_file(place.path()).unwrap();
         // Removed by somebody, and made by somebody else: not removed at our end.
-        let ours = ControlSocket::bind(&place.path()).unwrap();
+        let ours = bind_at(&place.path()).unwrap();
         std::fs::remove_file(place.path()).unwrap();
-        let theirs = ControlSocket::bind(&place.path()).unwrap();
+        let theirs = bind_at(&place.path()).unwrap();
         drop(ours);
         UnixStream::connect(place.path()).unwrap();
         drop(theirs);
@@ -260,7 +298,7 @@ mod tests {
             (&long, "at most 107 bytes"),
             (Path::new("/proc/ctl"), "cannot be made there"),
         ] {
-            let Err(error) = ControlSocket::bind(path) else {
+            let Err(error) = bind_at(path) else {
                 panic!("{path:?}")
             };
             assert!(error.to_string().contains(said), "{error}");
