@@ -4,7 +4,7 @@
 use actor_vmm::actors::PlacementKind;
 use actor_vmm::boot::EntryPoint;
 use actor_vmm::control::client::Connection;
-use actor_vmm::control::verbs::Verb;
+use actor_vmm::control::verbs::{self, Verb};
 use actor_vmm::devices::Width;
 use actor_vmm::devices::tarpit::{Mire, RELEASED};
 use actor_vmm::host::bus::MemoryWatch;
@@ -500,7 +500,10 @@ impl Mired {
     }
 
     fn why(&self) -> serde_json::Value {
-        Connection::open(&self.socket.0).unwrap().ask(Verb::Why).unwrap()
+        Connection::open(&self.socket.0)
+            .unwrap()
+            .ask(Verb::Why, &verbs::from_words(&["why"]).unwrap().1)
+            .unwrap()
     }
 }
 

@@ -295,7 +295,11 @@ fn verbs_from_stdin_are_done_one_after_the_other_until_one_cannot_be_done() {
             &b"resume\nfly\nstop\n"[..],
             "line 2: there is no verb 'fly'; there are status, pause",
         ),
-        (b"kick\npause resume\n", "line 2: there is no verb 'pause resume'"),
+        (b"kick\npause resume\n", "line 2: nothing comes behind 'pause'"),
+        (
+            b"link net0 sideways\n",
+            "line 1: link needs a device and how it is to be",
+        ),
         (b"\xff\0\n", "line 1: there is no verb"),
         (&[b'x'; 100_000], "line 1: a line is one verb"),
     ] {
@@ -318,6 +322,28 @@ fn verbs_from_stdin_are_done_one_after_the_other_until_one_cannot_be_done() {
         "{}",
         said(&output)
     );
+    // What a verb is about comes behind it, in a script as on the command line.
+    let output = script(&socket, b"link net0 down # there is no network\n", &[]);
+    assert_eq!(output.status.code(), Some(4));
+    assert!(
+        said(&output).contains("line 1: the machine has no such device"),
+        "{}",
+        said(&output)
+    );
+    for (words, status, what) in [
+        (&["link", "net7", "up"][..], 4, "the machine has no such device"),
+        (
+            &["link", "net7"],
+            2,
+            "link needs a device and how it is to be: link net0 down, or up",
+        ),
+        (&["pause", "now"], 2, "nothing comes behind 'pause'"),
+        (&["-", "now"], 2, "nothing comes behind '-'"),
+    ] {
+        let output = ctl(&socket, words);
+        assert_eq!(output.status.code(), Some(status), "{words:?}");
+        assert!(said(&output).contains(what), "{}", said(&output));
+    }
     // What has ended answers no more.
     let output = script(&socket, b"stop\nstatus\n", &[]);
     assert_eq!(output.status.code(), Some(18));

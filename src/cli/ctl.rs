@@ -1,10 +1,11 @@
 //! `actor-vmm ctl`.
 
 use crate::control::client::{self, ClientError, Connection, Script};
-use crate::control::verbs::Verb;
+use crate::control::verbs::{self, Verb};
 use crate::machine::outcome::status;
 use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
+use serde_json::Value;
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -29,6 +30,8 @@ pub struct Ctl {
     /// cannot be done
     #[arg(value_enum)]
     verb: What,
+    /// What the verb is about, if it is about something: link DEVICE up|down
+    about: Vec<String>,
     /// Prints the answer as JSON
     #[arg(long)]
     json: bool,
@@ -68,17 +71,33 @@ impl ValueEnum for What {
 impl Ctl {
     /// Asks, prints answers, and returns the exit status.
     pub fn run(&self) -> u8 {
+        // What is wrong with the words is wrong with any machine.
+        let words = |verb: Verb| {
+            let about = self.about.iter().map(String::as_str);
+            verbs::from_words(&std::iter::once(verb.name()).chain(about).collect::<Vec<_>>())
+        };
+        let one = match self.verb {
+            What::One(verb) => words(verb).map(Some),
+            What::Stdin if self.about.is_empty() => Ok(None),
+            What::Stdin => Err(verbs::WordsError::Alone("-")),
+        };
+        let one = match one {
+            Ok(one) => one,
+            Err(error) => return super::complain(&super::chain(&error), status::BAD_INPUT),
+        };
         let mut machine = match Connection::open(&self.path) {
             Ok(machine) => machine,
             Err(error) => return super::complain(&super::chain(&error), status::HOST_TROUBLE),
         };
-        let mut script = match self.verb {
-            What::One(verb) => return self.ask(&mut machine, verb, ""),
-            What::Stdin => Script::new(std::io::stdin().lock()),
-        };
+        if let Some((verb, request)) = one {
+            return self.ask(&mut machine, verb, &request, "");
+        }
+        let mut script = Script::new(std::io::stdin().lock());
         while let Some(next) = script.next() {
             let status = match next {
-                Ok(verb) => self.ask(&mut machine, verb, &format!("line {}: ", script.line())),
+                Ok((verb, request)) => {
+                    self.ask(&mut machine, verb, &request, &format!("line {}: ", script.line()))
+                }
                 Err(error) => super::complain(&super::chain(&error), status::BAD_INPUT),
             };
             if status != 0 {
@@ -89,8 +108,8 @@ impl Ctl {
     }
 
     /// One verb. `place` is where it comes from, for what is wrong.
-    fn ask(&self, machine: &mut Connection, verb: Verb, place: &str) -> u8 {
-        match machine.ask(verb) {
+    fn ask(&self, machine: &mut Connection, verb: Verb, request: &Value, place: &str) -> u8 {
+        match machine.ask(verb, request) {
             Ok(body) => {
                 let text = if self.json {
                     body.to_string()

@@ -1,8 +1,8 @@
 //! `actor-vmm ctl`: asks a running machine something through its control socket, or one thing after the other as a script
 //! says.
 
-use super::verbs::Verb;
-use serde_json::{Value, json};
+use super::verbs::{self, Verb, WordsError};
+use serde_json::Value;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -68,13 +68,14 @@ impl Connection {
         Ok(Connection(BufReader::new(stream)))
     }
 
-    /// Asks, and waits for the answer. `stop` waits until the machine has ended.
+    /// Asks, and waits for the answer. `stop` waits until the machine has ended. `request` is what
+    /// [`verbs::from_words`] has made.
     ///
     /// # Errors
     /// All others of [`ClientError`].
-    pub fn ask(&mut self, verb: Verb) -> Result<Value, ClientError> {
+    pub fn ask(&mut self, verb: Verb, request: &Value) -> Result<Value, ClientError> {
         // In one piece, so that it is one packet and one look of the machine's.
-        let request = format!("{}\n", json!({"verb": verb.name()}));
+        let request = format!("{request}\n");
         self.0
             .get_mut()
             .write_all(request.as_bytes())
@@ -113,13 +114,13 @@ const SCRIPT_LINE_BYTES: u64 = 256;
 /// Why a line of a script is no verb.
 #[derive(Debug, thiserror::Error)]
 pub enum ScriptError {
-    /// There is no such verb.
-    #[error("line {line}: there is no verb '{word}'; there are {}", Verb::ALL.map(Verb::name).join(", "))]
-    Unknown {
+    /// No request.
+    #[error("line {line}: {why}")]
+    Words {
         /// The line's number, from 1.
         line: usize,
-        /// What is there, in a form that can be printed.
-        word: String,
+        /// What is wrong.
+        why: WordsError,
     },
     /// Something without an end.
     #[error("line {line}: a line is one verb, and has less than {SCRIPT_LINE_BYTES} bytes")]
@@ -157,7 +158,7 @@ impl<R: BufRead> Script<R> {
 }
 
 impl<R: BufRead> Iterator for Script<R> {
-    type Item = Result<Verb, ScriptError>;
+    type Item = Result<(Verb, Value), ScriptError>;
 
     fn next(&mut self) -> Option<Self::Item> {
         loop {
@@ -176,15 +177,11 @@ impl<R: BufRead> Iterator for Script<R> {
                 Err(source) => return Some(Err(ScriptError::Unreadable { line, source })),
             }
             let text = String::from_utf8_lossy(&bytes);
-            let word = text.split('#').next().unwrap_or_default().trim();
-            if word.is_empty() {
-                continue;
+            let said = text.split('#').next().unwrap_or_default();
+            let words: Vec<&str> = said.split_whitespace().collect();
+            if !words.is_empty() {
+                return Some(verbs::from_words(&words).map_err(|why| ScriptError::Words { line, why }));
             }
-            let verb = Verb::ALL.into_iter().find(|verb| verb.name() == word);
-            return Some(verb.ok_or_else(|| ScriptError::Unknown {
-                line,
-                word: word.escape_debug().to_string(),
-            }));
         }
     }
 }
@@ -228,6 +225,7 @@ pub fn in_words(verb: Verb, body: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     #[test]
     fn answers_read_well() {
@@ -247,11 +245,15 @@ mod tests {
 
     #[test]
     fn a_script_is_verbs_and_comments() {
-        let script =
-            |text: &'static [u8]| Script::new(text).map(|verb| verb.map_err(|error| error.to_string()));
+        let script = |text: &'static [u8]| {
+            Script::new(text).map(|said| said.map(|(verb, _)| verb).map_err(|error| error.to_string()))
+        };
         let verbs: Result<Vec<_>, _> =
-            script(b"pause\n\n # nothing\n  resume # at last \r\nstatus").collect();
-        assert_eq!(verbs, Ok(vec![Verb::Pause, Verb::Resume, Verb::Status]));
+            script(b"pause\n\n # nothing\n  resume # at last \r\nlink  net0\tdown\nstatus").collect();
+        assert_eq!(
+            verbs,
+            Ok(vec![Verb::Pause, Verb::Resume, Verb::Link, Verb::Status])
+        );
         assert_eq!(script(b"").count(), 0);
         let mut bad = script(b"pause\n\nfly\xff\x1b\n");
         assert_eq!(bad.next(), Some(Ok(Verb::Pause)));

@@ -332,11 +332,11 @@ impl Running {
 
     /// Does what a line says. `None`: the answer comes later.
     fn perform(&mut self, client: u64, line: &[u8]) -> Option<String> {
-        let (verb, id) = match verbs::parse(line) {
+        let (verb, class, id) = match verbs::parse(line) {
             Ok(parsed) => parsed,
             Err(answer) => return Some(answer.to_string()),
         };
-        match verb.class() {
+        match class {
             Class::Look => {
                 let body = verbs::look(verb, &mut self.plane.observatory, &self.plane.kicks);
                 Some(verbs::ok(id, body).to_string())

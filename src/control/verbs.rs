@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  {"verb": "pause", "id": 7}
+//!  {"verb": "link", "device": "net0", "up": false}
 //!  {"id": 7, "ok": {"state": "paused"}}
 //!  {"id": 7, "error": {"kind": "refused", "text": "a machine that is paused cannot be paused"}}
 //! ```
@@ -40,6 +41,8 @@ pub enum Verb {
     Actors,
     /// Counters
     Metrics,
+    /// Switches a network device's link: `link net0 down`, or up
+    Link,
 }
 
 /// What is to be done about a verb.
@@ -53,7 +56,7 @@ pub enum Class {
 
 impl Verb {
     /// All of them.
-    pub const ALL: [Verb; 9] = [
+    pub const ALL: [Verb; 10] = [
         Verb::Status,
         Verb::Pause,
         Verb::Resume,
@@ -63,6 +66,7 @@ impl Verb {
         Verb::Why,
         Verb::Actors,
         Verb::Metrics,
+        Verb::Link,
     ];
 
     /// As it is in a request.
@@ -77,19 +81,71 @@ impl Verb {
             Verb::Why => "why",
             Verb::Actors => "actors",
             Verb::Metrics => "metrics",
+            Verb::Link => "link",
         }
     }
 
-    /// Whether it only looks.
-    pub fn class(self) -> Class {
-        match self {
+    /// The verb of that name.
+    fn named(name: &str) -> Option<Verb> {
+        Verb::ALL.into_iter().find(|verb| verb.name() == name)
+    }
+
+    /// What is to be done about it. `fields`: the request, with what it is about. The error says what is wrong with it.
+    fn class(self, fields: &Map<String, Value>) -> Result<Class, &'static str> {
+        Ok(match self {
             Verb::Pause => Class::Ask(Command::Pause),
             Verb::Resume => Class::Ask(Command::Resume),
             Verb::Reset => Class::Ask(Command::Reset),
             Verb::Stop => Class::Ask(Command::Stop),
+            Verb::Link => {
+                let net = fields.get("device").and_then(Value::as_str).and_then(net_number);
+                let up = fields.get("up").and_then(Value::as_bool);
+                let (net, up) = net
+                    .zip(up)
+                    .ok_or("link needs a \"device\", such as \"net0\", and \"up\", true or false")?;
+                Class::Ask(Command::Link { net, up })
+            }
             Verb::Status | Verb::Kick | Verb::Why | Verb::Actors | Verb::Metrics => Class::Look,
-        }
+        })
     }
+}
+
+/// The number of a network device, by its name.
+fn net_number(name: &str) -> Option<usize> {
+    let number = name.strip_prefix("net")?.parse().ok()?;
+    (format!("net{number}") == name).then_some(number)
+}
+
+/// Words that are no request.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum WordsError {
+    /// There is no such verb.
+    #[error("there is no verb '{0}'; there are {all}", all = Verb::ALL.map(Verb::name).join(", "))]
+    Unknown(String),
+    /// It stands alone.
+    #[error("nothing comes behind '{0}'")]
+    Alone(&'static str),
+    /// A link's words.
+    #[error("link needs a device and how it is to be: link net0 down, or up")]
+    Link,
+}
+
+/// The request that a person asks for in words: a verb, and what it is about.
+///
+/// # Errors
+/// [`WordsError`].
+pub fn from_words(words: &[&str]) -> Result<(Verb, Value), WordsError> {
+    let (name, about) = words.split_first().unwrap_or((&"", &[]));
+    let verb = Verb::named(name).ok_or_else(|| WordsError::Unknown(name.escape_debug().to_string()))?;
+    let request = match (verb, about) {
+        (Verb::Link, [device, state @ ("up" | "down")]) if net_number(device).is_some() => {
+            json!({"verb": verb.name(), "device": device, "up": *state == "up"})
+        }
+        (Verb::Link, _) => return Err(WordsError::Link),
+        (_, []) => json!({"verb": verb.name()}),
+        _ => return Err(WordsError::Alone(verb.name())),
+    };
+    Ok((verb, request))
 }
 
 /// The asker's own name for a request; `None` if it gave none.
@@ -99,7 +155,7 @@ pub type Id = Option<Value>;
 ///
 /// # Errors
 /// The answer to what cannot.
-pub fn parse(line: &[u8]) -> Result<(Verb, Id), Value> {
+pub fn parse(line: &[u8]) -> Result<(Verb, Class, Id), Value> {
     let malformed = |id: Id, text: String| error(id, "malformed", text);
     let value: Value = serde_json::from_slice(line)
         .map_err(|why| malformed(None, format!("a line is one JSON object: {why}")))?;
@@ -117,16 +173,14 @@ pub fn parse(line: &[u8]) -> Result<(Verb, Id), Value> {
     let Some(Value::String(name)) = fields.get("verb") else {
         return Err(malformed(id, "there is no \"verb\", or it is no string".into()));
     };
-    match Verb::ALL.into_iter().find(|verb| verb.name() == name) {
-        Some(verb) => Ok((verb, id)),
-        None => {
-            let all = Verb::ALL.map(Verb::name).join(", ");
-            Err(error(
-                id,
-                "unknown-verb",
-                format!("there is no such verb; there are {all}"),
-            ))
-        }
+    let Some(verb) = Verb::named(name) else {
+        let all = Verb::ALL.map(Verb::name).join(", ");
+        let text = format!("there is no such verb; there are {all}");
+        return Err(error(id, "unknown-verb", text));
+    };
+    match verb.class(&fields) {
+        Ok(class) => Ok((verb, class, id)),
+        Err(text) => Err(malformed(id, text.into())),
     }
 }
 
@@ -185,7 +239,7 @@ pub fn look(verb: Verb, from: &mut Observatory, kicks: &[KickHandle]) -> Value {
         }
         Verb::Actors => actors(from),
         Verb::Metrics => metrics(from),
-        Verb::Status | Verb::Pause | Verb::Resume | Verb::Reset | Verb::Stop => json!({
+        Verb::Status | Verb::Pause | Verb::Resume | Verb::Reset | Verb::Stop | Verb::Link => json!({
             "state": from.published.state().to_string(),
             "vcpus": from.vcpus.len(),
             "dispatch": from.dispatch.to_string(),
@@ -252,14 +306,56 @@ mod tests {
     #[test]
     fn requests_are_understood() {
         for verb in Verb::ALL {
-            let line = format!("{{\"verb\": \"{}\", \"id\": 7, \"later\": []}}", verb.name());
-            assert_eq!(parse(line.as_bytes()), Ok((verb, Some(json!(7)))));
+            let name = verb.name();
+            let line = format!(r#"{{"verb": "{name}", "device": "net3", "up": true, "id": 7, "later": []}}"#);
+            let (parsed, _, id) = parse(line.as_bytes()).unwrap();
+            assert_eq!((parsed, id), (verb, Some(json!(7))));
         }
-        assert_eq!(parse(b"{\"verb\":\"why\"}"), Ok((Verb::Why, None)));
+        assert_eq!(parse(b"{\"verb\":\"why\"}"), Ok((Verb::Why, Class::Look, None)));
         assert_eq!(
             parse(b"{\"verb\":\"why\",\"id\":\"a\"}"),
-            Ok((Verb::Why, Some(json!("a"))))
+            Ok((Verb::Why, Class::Look, Some(json!("a"))))
         );
+        let link = |net, up| Class::Ask(Command::Link { net, up });
+        assert_eq!(
+            parse(br#"{"verb": "link", "device": "net12", "up": false}"#),
+            Ok((Verb::Link, link(12, false), None))
+        );
+    }
+
+    #[test]
+    fn words_become_the_request_that_is_understood() {
+        for verb in Verb::ALL.into_iter().filter(|verb| *verb != Verb::Link) {
+            let (said, request) = from_words(&[verb.name()]).unwrap();
+            assert_eq!(said, verb);
+            assert_eq!(parse(request.to_string().as_bytes()).unwrap().0, verb);
+            assert_eq!(
+                from_words(&[verb.name(), "now"]),
+                Err(WordsError::Alone(verb.name()))
+            );
+        }
+        for (word, up) in [("up", true), ("down", false)] {
+            let (_, request) = from_words(&["link", "net1", word]).unwrap();
+            let (_, class, _) = parse(request.to_string().as_bytes()).unwrap();
+            assert_eq!(class, Class::Ask(Command::Link { net: 1, up }));
+        }
+        for words in [
+            &["link"][..],
+            &["link", "net0"],
+            &["link", "net0", "sideways"],
+            &["link", "0", "up"],
+            &["link", "net", "up"],
+            &["link", "net00", "up"],
+            &["link", "net0", "up", "now"],
+        ] {
+            assert_eq!(from_words(words), Err(WordsError::Link), "{words:?}");
+        }
+        for words in [&[][..], &["fly"], &["Pause"]] {
+            assert!(
+                matches!(from_words(words), Err(WordsError::Unknown(_))),
+                "{words:?}"
+            );
+        }
     }
 
     #[test]
@@ -273,6 +369,22 @@ mod tests {
             (b"{\"verb\": 1, \"id\": 3}", "malformed", Some(json!(3))),
             (b"{\"verb\": \"pause\", \"id\": {}}", "malformed", None),
             (b"{\"verb\": \"fly\", \"id\": 3}", "unknown-verb", Some(json!(3))),
+            (b"{\"verb\": \"link\", \"id\": 3}", "malformed", Some(json!(3))),
+            (
+                b"{\"verb\": \"link\", \"device\": \"net0\", \"up\": 1}",
+                "malformed",
+                None,
+            ),
+            (
+                b"{\"verb\": \"link\", \"device\": 0, \"up\": true}",
+                "malformed",
+                None,
+            ),
+            (
+                b"{\"verb\": \"link\", \"device\": \"net-1\", \"up\": true}",
+                "malformed",
+                None,
+            ),
         ] {
             let answer = parse(line).unwrap_err();
             assert_eq!(answer["error"]["kind"], kind, "{line:?}");
