@@ -155,12 +155,18 @@ impl<A: Actor> Core<A> {
     /// One turn, for the holder of the token, and what is done with its reply. `Err`: one of them panicked, and the actor
     /// must be closed.
     #[inline]
-    pub(super) fn turn<R>(
+    fn turn<R>(&self, message: A::Message, then: impl FnOnce(A::Reply) -> R) -> Result<R, Box<Obituary>> {
+        self.turn_at(RankGuard::enter(A::RANK), message, then)
+    }
+
+    /// The same by a thread that acts at the actor's rank already.
+    #[inline(always)]
+    pub(super) fn turn_at<R>(
         &self,
+        _rank: RankGuard,
         message: A::Message,
         then: impl FnOnce(A::Reply) -> R,
-    ) -> Result<R, Obituary> {
-        let _rank = RankGuard::enter(A::RANK);
+    ) -> Result<R, Box<Obituary>> {
         self.actor.with_mut(|actor| {
             // SAFETY: the caller holds the token, and gives it up only after this returns.
             match unsafe { &mut *actor } {
@@ -172,17 +178,19 @@ impl<A: Actor> Core<A> {
         })
     }
 
+    // Boxed, so that the outcome of a turn fits into registers.
     #[cold]
-    fn obituary(&self, panic: &(dyn std::any::Any + Send)) -> Obituary {
+    #[inline(never)]
+    fn obituary(&self, panic: &(dyn std::any::Any + Send)) -> Box<Obituary> {
         let cause = panic
             .downcast_ref::<&str>()
             .map(|text| text.to_string())
             .or_else(|| panic.downcast_ref::<String>().cloned())
             .unwrap_or_else(|| "a panic without a text".into());
-        Obituary {
+        Box::new(Obituary {
             actor: self.name.to_string(),
             cause,
-        }
+        })
     }
 
     /// Lets go of the token, unless something came in meanwhile. For the holder.
@@ -304,7 +312,7 @@ impl<A: Actor> Core<A> {
         lane: usize,
         mut budget: Option<&mut u32>,
         sleepers: &mut Sleepers<A>,
-    ) -> Result<(), Option<Obituary>> {
+    ) -> Result<(), Option<Box<Obituary>>> {
         let index = lane;
         let lane = &*self.lanes[index];
         // Looked at first: with a call, every post that comes before it is there too, and no other can come.
@@ -406,17 +414,17 @@ impl<A: Actor> Core<A> {
 
     /// Ends the actor after a panic on the idle path. For the holder.
     #[cold]
-    pub(super) fn die(&self, obituary: Obituary) {
+    pub(super) fn die(&self, obituary: Box<Obituary>) {
         self.finish(0, Some(obituary));
     }
 
     /// Ends the actor, tells of its death, and closes it. For the holder.
     #[cold]
-    fn finish(&self, pending: u64, obituary: Option<Obituary>) {
+    fn finish(&self, pending: u64, obituary: Option<Box<Obituary>>) {
         self.end();
         if let Some(obituary) = obituary {
             // A panic here must not leave the mailbox open without a holder.
-            let _ = catch_unwind(AssertUnwindSafe(|| (self.on_death)(obituary)));
+            let _ = catch_unwind(AssertUnwindSafe(|| (self.on_death)(*obituary)));
         }
         self.close(pending);
     }

@@ -4,7 +4,7 @@ use super::lane::{Call, DEAD, DONE, GRANTED, LANE_CREDITS, LEFT, PARKED, WAITING
 use super::mailbox::{ASLEEP, CLOSED, Core, HELD, Met, lane_bit};
 use super::park::{look, spin_until, yield_until};
 use super::placement::{Placement, Runner};
-use super::rank;
+use super::rank::{self, MayWait, RankGuard};
 use super::sync::{Arc, Bug, Ordering, Site, at, planted};
 use super::{Actor, Obituary};
 use std::fmt;
@@ -109,7 +109,10 @@ impl<A: Actor> Address<A> {
                     lane: index,
                     stopped: false,
                     friends: Friends::default(),
-                    served: false,
+                    opening: match self.core.runner.is_sender() {
+                        true => Opening::Alone,
+                        false => Opening::Register,
+                    },
                 });
             }
         }
@@ -145,8 +148,20 @@ pub struct Port<A: Actor> {
     /// A stop was left behind: nothing goes behind it.
     stopped: bool,
     friends: Friends,
-    /// The last ask was served by somebody else, and soon.
-    served: bool,
+    opening: Opening,
+}
+
+/// What a sender does first.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Opening {
+    /// It takes the token, if the actor is idle. It has no friends.
+    Alone,
+    /// The same, and it has.
+    Among,
+    /// It leaves its ask in its lane and looks: its last one was served by somebody else, and soon.
+    Leave,
+    /// It leaves everything in its lane: the token is never a sender's.
+    Register,
 }
 
 /// Whom a sender has served lately, so that it looks into their lanes unasked; see [`super::mailbox`].
@@ -212,19 +227,64 @@ impl<A: Actor> Port<A> {
     /// When the wait would not go upward in [`Rank`](super::Rank).
     #[inline]
     pub fn ask(&mut self, message: A::Message) -> Result<A::Reply, Closed> {
-        rank::assert_may_wait_for(A::RANK, &self.core.name);
-        if self.try_take() {
-            return self.turn(message, |reply| reply);
+        self.ask_with(|| message)
+    }
+
+    /// The same with a message that is made where it goes to: one that is made before is copied between taking the token
+    /// and letting go of it, and the second of these steps waits for every load and store before.
+    ///
+    /// # Errors
+    /// As [`Port::ask`].
+    ///
+    /// # Panics
+    /// As [`Port::ask`].
+    #[inline]
+    pub fn ask_with(&mut self, message: impl FnOnce() -> A::Message) -> Result<A::Reply, Closed> {
+        let rank = rank::assert_may_wait_for(A::RANK, &self.core.name);
+        if self.take_alone() {
+            return self.turn(rank.enter(), message(), |reply| reply);
+        }
+        self.ask_in_company(rank, message())
+    }
+
+    /// Where others have been met.
+    #[inline(never)]
+    fn ask_in_company(&mut self, rank: MayWait, message: A::Message) -> Result<A::Reply, Closed> {
+        if self.take_among() {
+            return self.turn_among(rank.enter(), message, |reply| reply);
         }
         self.ask_busy(message)
     }
 
-    /// Takes the token if the actor is idle, so that the message can be handled by a turn of our own.
+    /// Takes the token if the actor is idle, so that the message can be handled by a turn of our own: for who has nobody
+    /// else to think of.
     #[inline(always)]
-    fn try_take(&self) -> bool {
+    fn take_alone(&self) -> bool {
         // Idle: nobody runs it and nothing is queued, so ours is the oldest message there is. See the module
         // documentation of `mailbox` for why 0 means that.
-        self.core.runner.is_sender() && !self.served && self.core.try_hold()
+        self.opening == Opening::Alone && self.core.try_hold()
+    }
+
+    /// The same for who has friends.
+    #[inline]
+    fn take_among(&self) -> bool {
+        self.opening == Opening::Among && self.core.try_hold()
+    }
+
+    /// What to do first the next time. `served`: the last ask was served by somebody else, and soon.
+    fn open(&mut self, served: bool) {
+        self.opening = match self.opening {
+            Opening::Register => Opening::Register,
+            _ if served => Opening::Leave,
+            _ if self.friends.lanes != 0 => Opening::Among,
+            _ => Opening::Alone,
+        };
+    }
+
+    /// Has served these lanes.
+    fn befriend(&mut self, served: u64) {
+        self.friends.add(served, self.lane);
+        self.open(false);
     }
 
     #[cold]
@@ -238,14 +298,37 @@ impl<A: Actor> Port<A> {
 
     /// A turn of our own, for the holder of the token, who lets go of it.
     #[inline(always)]
-    fn turn<R>(&mut self, message: A::Message, then: impl FnOnce(A::Reply) -> R) -> Result<R, Closed> {
-        match self.core.turn(message, then) {
+    fn turn<R>(
+        &mut self,
+        rank: RankGuard,
+        message: A::Message,
+        then: impl FnOnce(A::Reply) -> R,
+    ) -> Result<R, Closed> {
+        match self.core.turn_at(rank, message, then) {
             Ok(reply) => {
-                if self.friends.lanes != 0 {
-                    self.release_among_friends();
-                } else if !self.core.try_release() {
+                if !self.core.try_release() {
                     self.combine();
                 }
+                Ok(reply)
+            }
+            Err(obituary) => {
+                self.core.die(obituary);
+                Err(Closed)
+            }
+        }
+    }
+
+    /// The same among friends: serves them too, if they have something.
+    #[inline]
+    fn turn_among<R>(
+        &mut self,
+        rank: RankGuard,
+        message: A::Message,
+        then: impl FnOnce(A::Reply) -> R,
+    ) -> Result<R, Closed> {
+        match self.core.turn_at(rank, message, then) {
+            Ok(reply) => {
+                self.release_among_friends();
                 Ok(reply)
             }
             Err(obituary) => {
@@ -259,15 +342,16 @@ impl<A: Actor> Port<A> {
     #[cold]
     fn combine(&mut self) {
         let served = self.core.combine(self.lane);
-        self.friends.add(served, self.lane);
+        self.befriend(served);
     }
 
     /// Serves those who have been served here before, if they have something, and lets go of the token.
-    #[inline(never)]
+    #[inline]
     fn release_among_friends(&mut self) {
         let released = if self.friends.is_time() {
             let met = self.core.serve_friends(self.friends.lanes);
             self.friends.found(&met);
+            self.open(false);
             met.released
         } else {
             self.core.try_release()
@@ -287,8 +371,16 @@ impl<A: Actor> Port<A> {
     /// When it has to wait, and the wait would not go upward in [`Rank`](super::Rank).
     #[inline]
     pub fn post(&mut self, message: A::Message) -> Result<(), Closed> {
-        if self.try_take() {
-            return self.turn(message, drop);
+        if self.take_alone() {
+            return self.turn(RankGuard::enter(A::RANK), message, drop);
+        }
+        self.post_in_company(message)
+    }
+
+    #[inline(never)]
+    fn post_in_company(&mut self, message: A::Message) -> Result<(), Closed> {
+        if self.take_among() {
+            return self.turn_among(RankGuard::enter(A::RANK), message, drop);
         }
         self.post_busy(message)
     }
@@ -303,16 +395,13 @@ impl<A: Actor> Port<A> {
             return Err(Closed);
         }
         // Who posts does not look for replies.
-        self.served = false;
+        self.open(false);
         self.core.lanes[self.lane].push(message);
         self.register().map(drop)
     }
 
     /// Asks or posts. Which of them matters only while the actor is busy, and only then `is_post` is called. `true`: it
-    /// was a post, and may not have been handled yet.
-    ///
-    /// The message is made where it goes to: one that is made before is copied between taking the token and letting go
-    /// of it, and the second of these steps waits for every load and store before.
+    /// was a post, and may not have been handled yet. The message is made as in [`Port::ask_with`].
     ///
     /// # Errors
     /// As [`Port::ask`] and [`Port::post`].
@@ -325,14 +414,26 @@ impl<A: Actor> Port<A> {
         message: impl FnOnce() -> A::Message,
         is_post: impl FnOnce() -> bool,
     ) -> Result<bool, Closed> {
-        rank::assert_may_wait_for(A::RANK, &self.core.name);
-        if self.try_take() {
-            return self.turn(message(), |_| false);
+        let rank = rank::assert_may_wait_for(A::RANK, &self.core.name);
+        if self.take_alone() {
+            return self.turn(rank.enter(), message(), |_| false);
         }
-        if is_post() {
-            self.post_busy(message()).map(|()| true)
+        self.tell_in_company(rank, message(), is_post)
+    }
+
+    #[inline(never)]
+    fn tell_in_company(
+        &mut self,
+        rank: MayWait,
+        message: A::Message,
+        is_post: impl FnOnce() -> bool,
+    ) -> Result<bool, Closed> {
+        if self.take_among() {
+            self.turn_among(rank.enter(), message, |_| false)
+        } else if is_post() {
+            self.post_busy(message).map(|()| true)
         } else {
-            self.ask_busy(message()).map(|_| false)
+            self.ask_busy(message).map(|_| false)
         }
     }
 
@@ -408,7 +509,8 @@ impl<A: Actor> Port<A> {
             match core.runner {
                 Runner::Sender if planted(Bug::RegisterAndGo) => {}
                 Runner::Sender => {
-                    self.friends.add(core.combine_from(self.lane), self.lane);
+                    let served = core.combine_from(self.lane);
+                    self.befriend(served);
                     return Ok(true);
                 }
                 Runner::Pool(_) => {
@@ -446,19 +548,23 @@ impl<A: Actor> Port<A> {
     /// Waits for `DONE` or `DEAD`; when the token is handed to us, uses it.
     fn await_reply(&mut self) -> Result<(), Closed> {
         // Whom somebody served the last time, it may serve again without being told.
-        let expects = std::mem::replace(&mut self.served, false);
+        let expects = self.opening == Opening::Leave;
+        self.open(false);
         let looked = if expects {
             look(PATIENCE, || self.is_settled())
         } else {
             None
         };
         if let Some(looked) = looked {
-            self.served = true;
+            self.open(true);
             self.core.lanes[self.lane].looked.store(looked, Ordering::Relaxed);
         } else if !(expects && planted(Bug::ExpectForEver)) {
             match self.register() {
                 Ok(true) => {}
-                Ok(false) => self.served = spin_until(|| self.is_settled()) && self.core.runner.is_sender(),
+                Ok(false) => {
+                    let served = spin_until(|| self.is_settled());
+                    self.open(served);
+                }
                 Err(Closed) => {
                     // It may have been served before the end: by a friend, or for the bit of an earlier post.
                     let state = self.core.lanes[self.lane]
@@ -473,15 +579,14 @@ impl<A: Actor> Port<A> {
             match state.load(at(Site::Settled, Ordering::Acquire)) {
                 DONE => return Ok(()),
                 DEAD => {
-                    self.served = false;
+                    self.open(false);
                     return Err(Closed);
                 }
                 GRANTED => {
                     // We hold the token. Our own call is still in the lane: back to waiting, then serve it.
                     state.store(WAITING, Ordering::Relaxed);
                     let served = self.core.combine_from(self.lane);
-                    self.friends.add(served, self.lane);
-                    self.served = false;
+                    self.befriend(served);
                 }
                 _ => {
                     if yield_until(|| self.is_settled()) {

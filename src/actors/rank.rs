@@ -51,6 +51,25 @@ impl RankGuard {
     }
 }
 
+/// That the current thread acts at a rank from which it may wait for one of rank `target`.
+pub(super) struct MayWait {
+    current: Rank,
+    target: Rank,
+}
+
+impl MayWait {
+    /// The wait is over before it began: the current thread acts at `target` itself. [`RankGuard::enter`] without a second
+    /// look, which would fall between taking a token and letting go of it.
+    #[inline(always)]
+    pub(super) fn enter(self) -> RankGuard {
+        CURRENT.with(|current| current.set(self.target));
+        RankGuard {
+            before: self.current,
+            _thread: std::marker::PhantomData,
+        }
+    }
+}
+
 impl Drop for RankGuard {
     #[inline]
     fn drop(&mut self) {
@@ -63,11 +82,12 @@ impl Drop for RankGuard {
 /// # Panics
 /// When the wait would not go upward: a bug of ours, contained at the actor whose turn it is.
 #[inline]
-pub(super) fn assert_may_wait_for(target: Rank, name: &str) {
+pub(super) fn assert_may_wait_for(target: Rank, name: &str) -> MayWait {
     let current = CURRENT.with(Cell::get);
     if current >= target {
         refuse(current, target, name);
     }
+    MayWait { current, target }
 }
 
 #[cold]

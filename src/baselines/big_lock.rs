@@ -70,7 +70,7 @@ impl<M: Mutex<Machine>> Bus for BigLockBus<M> {
 }
 
 impl<'a, M: Mutex<Machine>> Accesses for Held<'a, M> {
-    #[inline]
+    #[inline(always)]
     fn read(&mut self, space: Space, address: u64, width: Width) -> u64 {
         let Machine {
             devices,
@@ -88,7 +88,7 @@ impl<'a, M: Mutex<Machine>> Accesses for Held<'a, M> {
         value & width.all_ones()
     }
 
-    #[inline]
+    #[inline(always)]
     fn write(&mut self, space: Space, address: u64, width: Width, value: u64) {
         let Machine { devices, routes, .. } = &mut *self.machine;
         let Some(hit) = routes.find(space, address, width) else {

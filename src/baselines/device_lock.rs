@@ -62,7 +62,7 @@ impl<M: Mutex<Shell>> Bus for DeviceLockBus<M> {
 }
 
 impl<M: Mutex<Shell>> Accesses for DeviceLockBus<M> {
-    #[inline]
+    #[inline(always)]
     fn read(&mut self, space: Space, address: u64, width: Width) -> u64 {
         let shared = &*self.shared;
         let routes = shared.routes.read().unwrap_or_else(PoisonError::into_inner);
@@ -79,7 +79,7 @@ impl<M: Mutex<Shell>> Accesses for DeviceLockBus<M> {
         value & width.all_ones()
     }
 
-    #[inline]
+    #[inline(always)]
     fn write(&mut self, space: Space, address: u64, width: Width, value: u64) {
         let shared = &*self.shared;
         let routes = shared.routes.read().unwrap_or_else(PoisonError::into_inner);

@@ -195,7 +195,8 @@ impl<'a> Lines<'a> {
     }
 
     fn idle(&mut self) {
-        let scripted = |load: &Load| load.source == Source::Scripted && load.handler_ns == 0;
+        let scripted =
+            |load: &Load| load.source == Source::Scripted && load.handler_ns == 0 && load.pace_ns.is_none();
         let idle: [(&str, &str, f64); 3] = [
             (
                 "ask",
@@ -287,16 +288,30 @@ impl<'a> Lines<'a> {
         }
     }
 
+    /// An idle device's thread sleeps. At full speed it never is: the channel looks and yields before it lets either side
+    /// sleep, so that an ask there may be one to a thread that is awake; see the page's text.
     fn channel(&mut self) {
-        let Some(group) = self.find("ask", |load| load.source == Source::Scripted) else {
-            return;
-        };
         let naive = Contestant::of(Dispatch::Channel { spin: false });
-        if let (Some(ours), Some(naive)) = (group.of(Contestant::ACTOR), group.of(naive)) {
-            let ratios = naive.values(cost).into_iter().zip(ours.values(cost));
-            let ratios: Vec<f64> = ratios.map(|(naive, ours)| naive / ours).collect();
-            let what = "cost of an ask through channels, to the actor's, idle";
-            self.push("5", what, Bound::AtLeast(100.0), &ratios);
+        for source in [Source::Scripted, Source::Kvm] {
+            let Some(group) = self.find("ask", |load| load.source == source && load.pace_ns.is_some()) else {
+                continue;
+            };
+            if let (Some(ours), Some(naive)) = (group.of(Contestant::ACTOR), group.of(naive)) {
+                let ratios = naive.values(p50).into_iter().zip(ours.values(p50));
+                let ratios: Vec<f64> = ratios.map(|(naive, ours)| naive / ours).collect();
+                match source {
+                    Source::Scripted => {
+                        let what =
+                            "p50 of an ask through channels to a device whose thread sleeps, to the actor's";
+                        self.push("5", what, Bound::AtLeast(100.0), &ratios);
+                    }
+                    // The host's exit is in both.
+                    Source::Kvm => {
+                        let what = "the same from a guest of KVM, exit and entry included in both";
+                        self.push("5", what, Bound::AtLeast(1.0), &ratios);
+                    }
+                }
+            }
         }
     }
 
@@ -371,17 +386,17 @@ mod tests {
         let lines = lines(&groups);
         let count = |item: &str| lines.iter().filter(|line| line.item == item).count();
         // ask and post (published is not in this run), and the busy post; two of scale; nine loads and one more line of
-        // shared; two sources of victim; kick running and halted.
+        // shared; two sources of victim, and of a channel; kick running and halted.
         assert_eq!(
             ["1", "2", "3", "4", "5", "6", "K"].map(count),
-            [3, 2, 19, 4, 1, 0, 4]
+            [3, 2, 19, 4, 2, 0, 4]
         );
         // Each contestant takes 10 ns more than the one before, the actor 100: locks 130 to 160.
         let ask = &lines[0];
         assert!((ask.measured.median - 100.0 / 150.0).abs() < 1e-6, "{ask:?}");
         assert_eq!(ask.verdict, Verdict::Met);
         let channel = lines.iter().find(|line| line.item == "5").unwrap();
-        assert!((channel.measured.median - 1.1).abs() < 1e-6, "{channel:?}");
+        assert!((channel.measured.median - 1.1).abs() < 0.01, "{channel:?}");
         assert_eq!(channel.verdict, Verdict::Missed);
     }
 

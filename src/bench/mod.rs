@@ -394,10 +394,10 @@ mod tests {
             repetitions: 1,
             quick: true,
         };
-        let loads = plan(&["ask", "kick"], &[Source::Scripted]).loads(2);
+        let loads = plan(&["published", "kick"], &[Source::Scripted]).loads(2);
         let names: Vec<_> = loads.iter().map(|load| (load.experiment, load.source)).collect();
         let kick = ("kick", Source::Kvm);
-        assert_eq!(names, [("ask", Source::Scripted), kick, kick]);
+        assert_eq!(names, [("published", Source::Scripted), kick, kick]);
         assert_eq!(plan(&["storm"], &[Source::Kvm]).loads(2), []);
     }
 

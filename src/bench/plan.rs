@@ -112,7 +112,7 @@ const KVM_PACE_NS: u64 = 50_000;
 pub const EXPERIMENTS: [(&str, &str); 9] = [
     (
         "ask",
-        "one vCPU, one idle device, a handler that does nothing: what an ask costs",
+        "one vCPU, one idle device, a handler that does nothing: what an ask costs, at full speed and now and then",
     ),
     (
         "post",
@@ -235,7 +235,14 @@ pub fn loads(experiment: &str, source: Source, processors: usize) -> Vec<Load> {
         Source::Kvm => KVM_PACE_NS,
     };
     match experiment {
-        "ask" => vec![base],
+        "ask" => {
+            // A guest that computes in between leaves its devices idle, and their threads, if they have any, asleep.
+            let calm = Load {
+                pace_ns: Some(pace),
+                ..base.clone()
+            };
+            vec![base, calm]
+        }
         "post" => {
             let class = Class::Post;
             let busy = Load {

@@ -22,7 +22,7 @@ use crate::machine::chipset::DeviceSet;
 use crate::machine::dispatch::{Actors, BigLock, Channels, DeviceLocks, Discipline, Dispatch, MutexKind};
 use crate::vcpu::activity::Activity;
 use crate::vcpu::backend::{Backend, ResetError, RunError};
-use crate::vcpu::exit::{Exit, decode};
+use crate::vcpu::exit::{AccessExit, Exit, decode, decode_access};
 use crate::vcpu::registers::Registers;
 use crate::vcpu::route::{Bus, Route, RouteMap, Space, Target};
 use crate::vcpu::step;
@@ -166,15 +166,18 @@ impl Backend for Again {
     #[inline]
     fn run(&mut self) -> Result<(), RunError> {
         // As far as the compiler knows the guest could have written anything.
-        black_box(&mut *self.run);
-        black_box(&mut self.data);
-        black_box(&mut self.mmio);
+        black_box(self);
         Ok(())
     }
 
     #[inline]
     fn exit(&mut self) -> Exit {
         decode(&self.run)
+    }
+
+    #[inline]
+    fn access(&mut self) -> Option<AccessExit> {
+        decode_access(&self.run)
     }
 
     #[inline]

@@ -1,7 +1,7 @@
 //! What a vCPU actor needs of whatever runs the guest: KVM, or a script.
 
 use super::debug::CpuState;
-use super::exit::Exit;
+use super::exit::{AccessExit, Exit};
 use super::registers::Registers;
 use crate::boot::EntryPoint;
 use nix::errno::Errno;
@@ -39,6 +39,16 @@ pub trait Backend {
     /// The exit that ended the last run. Apart from [`Backend::run`], so that a discipline that takes a lock when the
     /// guest is left takes it before the exit is looked at.
     fn exit(&mut self) -> Exit;
+
+    /// The same, if it was an access: the short way, for the exits that are to be quick.
+    #[inline]
+    fn access(&mut self) -> Option<AccessExit> {
+        match self.exit() {
+            Exit::Pio(pio) => Some(AccessExit::Pio(pio)),
+            Exit::Mmio(mmio) => Some(AccessExit::Mmio(mmio)),
+            _ => None,
+        }
+    }
 
     /// The data of the last exit, which was a port access of `length` bytes in all at `offset`. `None` when that is
     /// not inside the mapping.

@@ -194,52 +194,47 @@ impl fmt::Display for Exit {
     }
 }
 
-/// Decodes the exit that a `kvm_run` page describes.
-#[inline]
-pub fn decode(run: &kvm::kvm_run) -> Exit {
-    let reason = run.exit_reason;
+/// A guest's access: the exits that everything is made for.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum AccessExit {
+    /// See [`Exit::Pio`].
+    Pio(PioExit),
+    /// See [`Exit::Mmio`].
+    Mmio(MmioExit),
+}
+
+/// Decodes the access that a `kvm_run` page describes; `None`: it is another exit, or malformed, as [`decode`] tells. Apart,
+/// so that what is known of an access stays in registers: an [`Exit`] is large, and goes through memory.
+#[inline(always)]
+pub fn decode_access(run: &kvm::kvm_run) -> Option<AccessExit> {
     let union = &run.__bindgen_anon_1;
     // SAFETY (of every union access below): each variant is plain old data for which any bits are valid, and the
     // page is initialised, so reading the wrong one could yield nonsense but nothing undefined. `exit_reason`
     // selects the one that the kernel filled in.
-    match reason {
+    match run.exit_reason {
         kvm::KVM_EXIT_IO => {
             // SAFETY: as above.
             let io = unsafe { union.io };
             let direction = match u32::from(io.direction) {
                 kvm::KVM_EXIT_IO_IN => Direction::Read,
                 kvm::KVM_EXIT_IO_OUT => Direction::Write,
-                _ => {
-                    return Exit::Malformed {
-                        reason,
-                        what: "the direction is neither in nor out",
-                    };
-                }
+                _ => return None,
             };
             match Width::from_bytes(io.size.into()) {
-                Some(width @ (Width::Byte | Width::Word | Width::Dword)) => Exit::Pio(PioExit {
+                Some(width @ (Width::Byte | Width::Word | Width::Dword)) => Some(AccessExit::Pio(PioExit {
                     direction,
                     port: io.port,
                     width,
                     count: io.count,
                     data_offset: io.data_offset,
-                }),
-                _ => Exit::Malformed {
-                    reason,
-                    what: "a port access is 1, 2 or 4 bytes wide",
-                },
+                })),
+                _ => None,
             }
         }
         kvm::KVM_EXIT_MMIO => {
             // SAFETY: as above.
             let mmio = unsafe { union.mmio };
-            if !(1..=8).contains(&mmio.len) {
-                return Exit::Malformed {
-                    reason,
-                    what: "a memory access is 1 to 8 bytes long",
-                };
-            }
-            Exit::Mmio(MmioExit {
+            (1..=8).contains(&mmio.len).then_some(AccessExit::Mmio(MmioExit {
                 direction: if mmio.is_write == 0 {
                     Direction::Read
                 } else {
@@ -248,18 +243,45 @@ pub fn decode(run: &kvm::kvm_run) -> Exit {
                 address: mmio.phys_addr,
                 length: mmio.len as usize,
                 data: mmio.data,
-            })
+            }))
         }
-        reason => decode_rare(reason, run),
+        _ => None,
     }
 }
 
-/// The exits that are not accesses: apart, so that those stay small where they are inlined.
+/// Decodes the exit that a `kvm_run` page describes.
+#[inline]
+pub fn decode(run: &kvm::kvm_run) -> Exit {
+    match decode_access(run) {
+        Some(AccessExit::Pio(pio)) => Exit::Pio(pio),
+        Some(AccessExit::Mmio(mmio)) => Exit::Mmio(mmio),
+        None => decode_rare(run.exit_reason, run),
+    }
+}
+
+/// The exits that are no accesses, or none that make sense.
 #[cold]
+#[inline(never)]
 fn decode_rare(reason: u32, run: &kvm::kvm_run) -> Exit {
     let union = &run.__bindgen_anon_1;
-    // SAFETY (of every union access below): as in `decode`.
+    // SAFETY (of every union access below): as in `decode_access`.
     match reason {
+        kvm::KVM_EXIT_IO => {
+            // SAFETY: as above.
+            let io = unsafe { union.io };
+            let known = [kvm::KVM_EXIT_IO_IN, kvm::KVM_EXIT_IO_OUT].contains(&u32::from(io.direction));
+            Exit::Malformed {
+                reason,
+                what: match known {
+                    true => "a port access is 1, 2 or 4 bytes wide",
+                    false => "the direction is neither in nor out",
+                },
+            }
+        }
+        kvm::KVM_EXIT_MMIO => Exit::Malformed {
+            reason,
+            what: "a memory access is 1 to 8 bytes long",
+        },
         kvm::KVM_EXIT_HLT => Exit::Hlt,
         kvm::KVM_EXIT_IRQ_WINDOW_OPEN => Exit::IrqWindowOpen,
         kvm::KVM_EXIT_SHUTDOWN => Exit::Shutdown,

@@ -2,7 +2,7 @@
 
 use super::backend::{Backend, ResetError, RunError};
 use super::debug::{Activity, CpuState};
-use super::exit::{Exit, decode};
+use super::exit::{AccessExit, Exit, decode, decode_access};
 use super::guest_clock;
 use super::power_on::PowerOn;
 use super::registers::Registers;
@@ -93,6 +93,11 @@ impl Backend for KvmBackend {
     #[inline]
     fn exit(&mut self) -> Exit {
         decode(self.fd.get_kvm_run())
+    }
+
+    #[inline]
+    fn access(&mut self) -> Option<AccessExit> {
+        decode_access(self.fd.get_kvm_run())
     }
 
     #[inline]

@@ -27,13 +27,13 @@ mod watched;
 
 use crate::actors::{Lifecycle, Rank, RankGuard};
 use crate::boot::EntryPoint;
-use crate::devices::Direction;
+use crate::devices::{Direction, Width};
 use crate::simulation::{Planted, planted, point, receive};
 use activity::{Activity, ActivityView};
 use backend::{Backend, ResetError, RunError};
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use debug::{Arming, DebugRequest, DebugStop, Mode};
-use exit::{Exit, MmioExit, PioExit, SystemEvent};
+use exit::{AccessExit, Exit, MmioExit, PioExit, SystemEvent};
 use kick::{ImmediateExit, KickHandle, KickReceiver, ThreadSignal, kick};
 use registers::Registers;
 use route::{Accesses, Bus, RoutingTable, Space};
@@ -528,21 +528,32 @@ enum Served {
 /// Looks at the exit and serves it, with whatever the discipline holds.
 #[inline]
 fn serve<B: Backend>(backend: &mut B, mut devices: impl Accesses, activity: &Activity) -> Served {
-    match backend.exit() {
-        Exit::Pio(pio) => {
+    match backend.access() {
+        Some(AccessExit::Pio(pio)) => {
             activity.port(&pio);
             serve_pio(backend, &mut devices, pio)
         }
-        Exit::Mmio(mmio) => {
+        Some(AccessExit::Mmio(mmio)) => {
             activity.memory(&mmio);
             serve_mmio(backend, &mut devices, mmio)
         }
+        None => serve_rare(backend.exit()),
+    }
+}
+
+/// The exits that are no accesses: nothing of them is a device's.
+#[cold]
+#[inline(never)]
+fn serve_rare(exit: Exit) -> Served {
+    match exit {
         // Nothing to inject (no device of ours bypasses the in-kernel controller), nobody to tell.
         Exit::IrqWindowOpen | Exit::Intr | Exit::IoapicEoi { .. } => Served::GoOn,
         Exit::Hlt => Served::Halt,
         Exit::Shutdown => Served::End(End::TripleFault),
         Exit::SystemEvent(event) => Served::End(End::SystemEvent(event)),
-        exit @ (Exit::Debug { .. }
+        exit @ (Exit::Pio(_)
+        | Exit::Mmio(_)
+        | Exit::Debug { .. }
         | Exit::Unknown { .. }
         | Exit::FailEntry { .. }
         | Exit::InternalError(_)
@@ -553,22 +564,41 @@ fn serve<B: Backend>(backend: &mut B, mut devices: impl Accesses, activity: &Act
 
 #[inline]
 fn serve_pio<B: Backend>(backend: &mut B, devices: &mut impl Accesses, exit: PioExit) -> Served {
-    let step = exit.width.bytes();
-    let length = step.checked_mul(exit.count as usize);
+    let length = exit.width.bytes().checked_mul(exit.count as usize);
     let Some(data) = length.and_then(|length| backend.pio_data(exit.data_offset, length)) else {
         return Served::Fail(Exit::Malformed {
             reason: kvm_bindings::KVM_EXIT_IO,
             what: "its data is outside the mapping",
         });
     };
-    // String forms are so many accesses to one port, in order.
-    for element in data.chunks_exact_mut(step) {
-        match exit.direction {
-            Direction::Read => put(element, devices.port_in(exit.port, exit.width)),
-            Direction::Write => devices.port_out(exit.port, exit.width, get(element)),
-        }
+    // One element, but for string forms: apart, so that the way of the others has no loop.
+    if exit.count != 1 {
+        let PioExit {
+            direction,
+            port,
+            width,
+            ..
+        } = exit;
+        serve_string(data, devices, direction, port, width);
+        return Served::GoOn;
+    }
+    match exit.direction {
+        Direction::Read => put(data, devices.port_in(exit.port, exit.width)),
+        Direction::Write => devices.port_out(exit.port, exit.width, get(data)),
     }
     Served::GoOn
+}
+
+/// String forms are so many accesses to one port, in order.
+#[cold]
+#[inline(never)]
+fn serve_string(data: &mut [u8], devices: &mut impl Accesses, direction: Direction, port: u16, width: Width) {
+    for element in data.chunks_exact_mut(width.bytes()) {
+        match direction {
+            Direction::Read => put(element, devices.port_in(port, width)),
+            Direction::Write => devices.port_out(port, width, get(element)),
+        }
+    }
 }
 
 /// Stores the low bytes of a value in an element of 1, 2 or 4 bytes. By known lengths: a copy of any length is a call.
