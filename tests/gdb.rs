@@ -309,6 +309,45 @@ fn a_session_from_attach_to_the_end() {
 }
 
 #[test]
+fn a_symbol_file_gives_names_to_break_at_and_to_look_at() {
+    let Some(machine) = Machine::start("--guest debug") else {
+        return;
+    };
+    let place = Place::new();
+    let mut gdb = machine.gdb();
+    let (function, called) = (function(&mut gdb), gdb.word(LOOP));
+    // As a kernel's own list of its functions has them.
+    let list = format!("{called:016x} T called_for_ever\n{function:016x} t counted\n");
+    let file = place.0.join("names.elf");
+    std::fs::write(&file, harness::symbols::elf(&list).unwrap()).unwrap();
+    let loaded = gdb.ask(&format!("symbol-file {}", file.display()));
+    assert!(loaded.contains("Reading symbols from"), "{loaded}");
+    // Behind what sets its frame up, as gdb does for a person.
+    let planted = gdb.ask("break counted");
+    assert!(
+        planted.contains(&format!("Breakpoint 1 at {:#x}", function + 4)),
+        "{planted}"
+    );
+    let stopped = gdb.ask("continue");
+    assert!(
+        stopped.contains("Breakpoint 1, ") && stopped.contains("counted ()"),
+        "{stopped}"
+    );
+    assert_eq!(gdb.number("$rip"), function + 4);
+    let backtrace = gdb.ask("backtrace");
+    let frames: Vec<_> = backtrace.lines().filter(|line| line.starts_with('#')).collect();
+    assert_eq!(frames.len(), 2, "{backtrace}");
+    assert!(frames[0].ends_with(" in counted ()"), "{backtrace}");
+    assert!(frames[1].ends_with(" in called_for_ever ()"), "{backtrace}");
+    let symbol = gdb.ask("info symbol $rip");
+    assert!(symbol.contains("counted + 4 in section .text"), "{symbol}");
+    let symbol = gdb.ask(&format!("info symbol {called:#x}"));
+    assert!(symbol.contains("called_for_ever in section .text"), "{symbol}");
+    gdb.ask("delete");
+    end(gdb, machine);
+}
+
+#[test]
 fn hardware_breakpoints_or_a_word_about_them() {
     let Some(machine) = Machine::start("--guest debug") else {
         return;

@@ -5,3 +5,4 @@ pub mod cpio;
 pub mod figures;
 pub mod protocol;
 pub mod scenario;
+pub mod symbols;

@@ -7,6 +7,7 @@ mod debugger;
 mod emulated_host;
 mod initramfs;
 mod kernel;
+mod names;
 mod package;
 mod paths;
 mod process;
@@ -39,6 +40,8 @@ enum Task {
     Test(test::Args),
     /// Run scenarios with real guests in an emulated host (works without /dev/kvm)
     EmulatedHost(emulated_host::Args),
+    /// Make a symbol file for gdb of a guest's /proc/kallsyms
+    Symbols(names::Args),
     /// Measure
     #[command(subcommand)]
     Bench(Bench),
@@ -71,6 +74,7 @@ fn run(task: Task) -> Result<bool> {
         Task::Boot(args) => boot::run(&args),
         Task::Test(args) => test::run(&args),
         Task::EmulatedHost(args) => emulated_host::run(&args),
+        Task::Symbols(args) => names::run(&args),
         Task::Bench(Bench::Boot(args)) => bench::run(&args),
         Task::Bench(Bench::Stress) => bench::stress(),
         Task::Bench(Bench::Victim(args)) => bench::victim::run(&args),

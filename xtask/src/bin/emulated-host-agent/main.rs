@@ -17,6 +17,7 @@ mod vsock_peer;
 mod witness;
 
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
@@ -61,11 +62,19 @@ fn main() {
     host::power_off();
 }
 
-/// What this program is inside a guest, by the name it was called by.
+/// `symbols`: what a guest's /proc/kallsyms has on stdin, the ELF file for gdb on stdout.
+fn symbols() -> Result<()> {
+    let list = std::io::read_to_string(std::io::stdin())?;
+    std::io::stdout().write_all(&harness::symbols::elf(&list)?)?;
+    Ok(())
+}
+
+/// What else this program is, by the name it was called by: two are for inside a guest, one for the emulated host.
 fn by_name(name: &str) -> Option<fn() -> Result<()>> {
     match name {
         "port-meter" => Some(port_meter::main),
         "vsock-peer" => Some(vsock_peer::main),
+        "symbols" => Some(symbols),
         "witness" => Some(witness::main),
         _ => None,
     }
