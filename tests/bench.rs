@@ -69,6 +69,7 @@ fn the_list_names_the_experiments() {
             "storm",
             "split",
             "kick",
+            "pause",
             "against"
         ]
     );
@@ -218,6 +219,38 @@ fn kicks_are_heard() {
         assert_eq!(
             (&row["class"], &row["latencies"]),
             (&"kick".into(), &200.into()),
+            "{row}"
+        );
+    }
+}
+
+#[test]
+fn whole_machines_are_paused() {
+    let Some(rows) = rows_on_kvm("pause.json", &["--only", "pause", "--source", "scripted,kvm"]) else {
+        return;
+    };
+    let of: Vec<_> = rows
+        .iter()
+        .map(|row| {
+            (
+                row["source"].as_str().unwrap(),
+                row["vcpus"].as_u64().unwrap(),
+                row["discipline"].as_str().unwrap(),
+            )
+        })
+        .collect();
+    let mut expected = Vec::new();
+    for source in ["scripted", "kvm"] {
+        for vcpus in [1, 4, 16, 64] {
+            expected.extend(["actor", "bare"].map(|who| (source, vcpus, who)));
+        }
+    }
+    assert_eq!(of, expected);
+    for row in &rows {
+        let pauses = if row["vcpus"].as_u64() > Some(4) { 3 } else { 50 };
+        assert_eq!(
+            (&row["class"], &row["latencies"]),
+            (&"pause".into(), &pauses.into()),
             "{row}"
         );
     }

@@ -2,7 +2,7 @@
 //! repetition.
 
 use super::contestant::Contestant;
-use super::plan::{AGAINST, Class, Load, Source};
+use super::plan::{AGAINST, Class, Load, PAUSED_MOST, Source};
 use super::report::{Group, Row, Series, show};
 use super::stats::{Estimate, estimate};
 use crate::actors::PlacementKind;
@@ -129,6 +129,7 @@ pub fn lines(groups: &[Group]) -> Vec<Line> {
     lines.channel();
     lines.against();
     lines.kick();
+    lines.pause();
     lines.lines
 }
 
@@ -373,6 +374,28 @@ impl<'a> Lines<'a> {
             }
         }
     }
+
+    fn pause(&mut self) {
+        let groups = self.groups;
+        let most = |group: &&Group| group.load.class == Class::Pause && group.load.vcpus == PAUSED_MOST;
+        for group in groups.iter().filter(most) {
+            let Some(ours) = group.of(Contestant::ACTOR) else {
+                continue;
+            };
+            let bare = group.reference().values(p50);
+            let ratios: Vec<f64> = ours
+                .values(p50)
+                .into_iter()
+                .zip(bare)
+                .map(|(ours, bare)| ours / bare)
+                .collect();
+            let source = group.load.source.name();
+            let what = format!(
+                "p50 of a pause of {PAUSED_MOST} running vCPUs, to asking a thread that signals as many at once until all have left the guest, {source}"
+            );
+            self.push("P", what, Bound::AtMost(2.0), &ratios);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -386,10 +409,10 @@ mod tests {
         let lines = lines(&groups);
         let count = |item: &str| lines.iter().filter(|line| line.item == item).count();
         // ask and post (published is not in this run), and the busy post; two of scale; nine loads and one more line of
-        // shared; two sources of victim, and of a channel; kick running and halted.
+        // shared; two sources of victim, and of a channel; kick running and halted; two sources of pause.
         assert_eq!(
-            ["1", "2", "3", "4", "5", "6", "K"].map(count),
-            [3, 2, 19, 4, 2, 0, 4]
+            ["1", "2", "3", "4", "5", "6", "K", "P"].map(count),
+            [3, 2, 19, 4, 2, 0, 4, 2]
         );
         // Each contestant takes 10 ns more than the one before, the actor 100: locks 130 to 160.
         let ask = &lines[0];

@@ -282,8 +282,9 @@ mod tests {
                 page.matches(&format!("<{tag}>")).count() + page.matches(&format!("<{tag} ")).count();
             assert_eq!(opened, page.matches(&format!("</{tag}>")).count(), "{tag}");
         }
-        // A latency plot a load, and one of throughput for each source of `scale` and each handler of `shared`.
-        assert_eq!(page.matches("<figure>").count(), count + 2 + 5);
+        // A latency plot a load, and one of throughput for each source of `scale` and of `pause` and each handler of
+        // `shared`.
+        assert_eq!(page.matches("<figure>").count(), count + 2 + 2 + 5);
         for needle in [
             "<h2>Budget: ",
             "<h2>Why a thread",

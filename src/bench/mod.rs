@@ -12,6 +12,7 @@
 //! | `rig.rs` | one sample: devices, scripted vCPUs, threads |
 //! | `kvm.rs` | one sample from a bare-metal guest of KVM |
 //! | `kick.rs` | one sample of kicks |
+//! | `pause.rs` | one sample of pauses of a whole machine |
 //! | `against.rs` | one sample from another program that runs the same guest |
 //! | `devices.rs` | devices that cost what they are told to |
 //! | `clock.rs` | the time-stamp counter |
@@ -27,6 +28,7 @@ pub mod devices;
 pub mod html;
 mod kick;
 mod kvm;
+mod pause;
 pub mod plan;
 mod plots;
 pub mod report;
@@ -202,6 +204,7 @@ struct Lengths {
     latency: Duration,
     counts: Counts,
     kicks: usize,
+    pauses: usize,
 }
 
 /// Of a load. Short, so that there are samples without a disturbance on a host that has other things to do; but where
@@ -214,6 +217,7 @@ fn lengths(load: &Load, quick: bool) -> Lengths {
         (false, false) => (12, 6, 8),
         (false, true) => (6, 40, 150),
     };
+    let rounds = if load.class == Class::Pause { 1 } else { rounds };
     // An exit of KVM costs microseconds, a guest milliseconds, another program half a second.
     let rounds = match (load.source, quick) {
         (Source::Scripted, _) => rounds,
@@ -238,13 +242,23 @@ fn lengths(load: &Load, quick: bool) -> Lengths {
         latency: Duration::from_millis(latency),
         counts: Counts { in_a_row, timed },
         kicks: if quick { 200 } else { 1_000 },
+        // Before each all vCPUs have to have run, a time slice of the host's each if there are more than processors.
+        pauses: match (quick, load.vcpus) {
+            (true, ..=4) => 50,
+            (true, _) => 3,
+            (false, ..=4) => 200,
+            (false, _) => 20,
+        },
     }
 }
 
 /// One sample for throughput and one for latencies.
 fn sample(load: &Load, who: Contestant, lengths: &Lengths, scale: Scale) -> Result<Pair, Failure> {
-    if load.class == Class::Kick {
-        let latency = kick::sample(load, who, lengths.kicks)?;
+    if matches!(load.class, Class::Kick | Class::Pause) {
+        let latency = match load.class {
+            Class::Kick => kick::sample(load, who, lengths.kicks)?,
+            _ => pause::sample(load, who, lengths.pauses)?,
+        };
         let (ops_per_s, waited) = (latency.ops_per_s, latency.waited);
         let rate = Sample {
             ops_per_s,

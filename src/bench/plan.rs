@@ -19,6 +19,8 @@ pub enum Class {
     Published,
     /// Nothing of theirs: they are kicked.
     Kick,
+    /// Nothing of theirs: all of them are paused.
+    Pause,
 }
 
 impl Class {
@@ -29,6 +31,7 @@ impl Class {
             Class::Post => "post",
             Class::Published => "published",
             Class::Kick => "kick",
+            Class::Pause => "pause",
         }
     }
 }
@@ -109,7 +112,7 @@ const POST_PACE_NS: u64 = 5_000;
 const KVM_PACE_NS: u64 = 50_000;
 
 /// The names, and what each experiment is.
-pub const EXPERIMENTS: [(&str, &str); 9] = [
+pub const EXPERIMENTS: [(&str, &str); 10] = [
     (
         "ask",
         "one vCPU, one idle device, a handler that does nothing: what an ask costs, at full speed and now and then",
@@ -137,6 +140,10 @@ pub const EXPERIMENTS: [(&str, &str); 9] = [
         "kick",
         "from the order to stop a vCPU to its look into the mailbox; needs /dev/kvm",
     ),
+    (
+        "pause",
+        "from the wish to pause a machine of 1, 4, 16 and 64 vCPUs to its answer",
+    ),
 ];
 
 /// The name of what `--against` adds.
@@ -153,6 +160,9 @@ pub fn about(experiment: &str) -> &'static str {
         .find(|(name, _)| *name == experiment)
         .map_or("", |(_, about)| about)
 }
+
+/// The most vCPUs that `pause` pauses, and those that something is promised for.
+pub const PAUSED_MOST: usize = 64;
 
 /// How long the slow device takes in `against`.
 pub const AGAINST_SLOW: Duration = Duration::from_millis(10);
@@ -219,8 +229,10 @@ pub fn loads(experiment: &str, source: Source, processors: usize) -> Vec<Load> {
         .map_or("", |(name, _)| name);
     if !matches!(
         (experiment, source),
-        ("ask" | "post" | "published" | "scale" | "shared" | "victim", _)
-            | ("storm" | "split", Source::Scripted)
+        (
+            "ask" | "post" | "published" | "scale" | "shared" | "victim" | "pause",
+            _
+        ) | ("storm" | "split", Source::Scripted)
             | ("kick", Source::Kvm)
     ) {
         return Vec::new();
@@ -327,6 +339,14 @@ pub fn loads(experiment: &str, source: Source, processors: usize) -> Vec<Load> {
                 ..base.clone()
             })
             .to_vec(),
+        "pause" => [1, 4, 16, PAUSED_MOST]
+            .map(|vcpus| Load {
+                class: Class::Pause,
+                vcpus,
+                devices: 0,
+                ..base.clone()
+            })
+            .to_vec(),
         _ => Vec::new(),
     }
 }
@@ -334,7 +354,7 @@ pub fn loads(experiment: &str, source: Source, processors: usize) -> Vec<Load> {
 impl Load {
     /// Everybody who is measured with this load.
     pub fn contestants(&self) -> Vec<Contestant> {
-        if self.class == Class::Kick {
+        if matches!(self.class, Class::Kick | Class::Pause) {
             return vec![Contestant::ACTOR, Contestant::Bare];
         }
         if !self.programs.is_empty() {
@@ -365,7 +385,7 @@ impl Load {
     /// Whom the others are compared with.
     pub fn reference(&self) -> Contestant {
         match (self.class, self.programs.first()) {
-            (Class::Kick, _) => Contestant::Bare,
+            (Class::Kick | Class::Pause, _) => Contestant::Bare,
             (_, Some(program)) => Contestant::Program(program),
             _ => Contestant::BIG_LOCK,
         }
@@ -390,6 +410,10 @@ impl Load {
         if self.class == Class::Kick {
             let what = if self.halted { "halted" } else { "running" };
             return format!("kick: 1 vCPU, {what}, from the order to its look into the mailbox; kvm");
+        }
+        if self.class == Class::Pause {
+            let (who, source) = (plural(self.vcpus, "running vCPU"), self.source.name());
+            return format!("pause: {who}, from the wish to the answer; {source}");
         }
         let mut text = format!(
             "{}: {} on {}, {}",
@@ -436,7 +460,9 @@ mod tests {
                         Source::Kvm => MAX_VCPUS,
                     };
                     let vcpus = load.vcpus + usize::from(load.slow.is_some());
-                    assert!((1..=most).contains(&vcpus) && load.devices >= 1, "{load:?}");
+                    let most = if name == "pause" { PAUSED_MOST } else { most };
+                    let devices = load.devices >= 1 || name == "pause";
+                    assert!((1..=most).contains(&vcpus) && devices, "{load:?}");
                     assert!(load.contestants().contains(&load.reference()), "{load:?}");
                 }
             }

@@ -406,7 +406,9 @@ pub(super) mod tests {
                 .into_iter()
                 .flat_map(move |source| loads(name, source, 2))
         };
-        let names = ["ask", "post", "scale", "shared", "victim", "split", "kick"];
+        let names = [
+            "ask", "post", "scale", "shared", "victim", "split", "kick", "pause",
+        ];
         names.into_iter().flat_map(of).map(fill).collect()
     }
 

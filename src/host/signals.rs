@@ -57,6 +57,37 @@ pub fn collect() -> std::io::Result<Signals> {
     Ok(signals)
 }
 
+/// For a program that runs machines and is none, such as a bench: all that a machine would take over is left as it is now,
+/// for ever.
+///
+/// # Errors
+/// What the host says.
+pub fn keep_as_they_are() -> std::io::Result<()> {
+    static ONCE: OnceLock<()> = OnceLock::new();
+    if ONCE.set(()).is_err() {
+        return Ok(());
+    }
+    let all = || ENDING.into_iter().chain([SIGUSR1]);
+    let before: Vec<_> = all().map(|signal| (signal, action(signal))).collect();
+    // signal-hook installs a handler once in the life of a program.
+    drop(collect()?);
+    for (signal, action) in before {
+        let Some(action) = action else { continue };
+        // SAFETY: an action that the system gave, and nothing to write.
+        unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) };
+    }
+    Ok(())
+}
+
+/// What a signal does now.
+fn action(signal: i32) -> Option<libc::sigaction> {
+    // SAFETY: with a null new action this only fills `now`, which is plain data.
+    unsafe {
+        let mut now: libc::sigaction = std::mem::zeroed();
+        (libc::sigaction(signal, std::ptr::null(), &mut now) == 0).then_some(now)
+    }
+}
+
 /// Whether a signal ends the machine.
 pub fn ends(signal: i32) -> bool {
     ENDING.contains(&signal)
@@ -92,9 +123,5 @@ pub fn unblock(signals: &[i32]) -> std::io::Result<()> {
 }
 
 fn is_ignored(signal: i32) -> bool {
-    // SAFETY: with a null new action this only fills `now`, which is plain data.
-    unsafe {
-        let mut now: libc::sigaction = std::mem::zeroed();
-        libc::sigaction(signal, std::ptr::null(), &mut now) == 0 && now.sa_sigaction == libc::SIG_IGN
-    }
+    action(signal).is_some_and(|action| action.sa_sigaction == libc::SIG_IGN)
 }

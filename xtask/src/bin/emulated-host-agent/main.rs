@@ -69,7 +69,7 @@ fn symbols() -> Result<()> {
     Ok(())
 }
 
-/// What else this program is, by the name it was called by: two are for inside a guest, one for the emulated host.
+/// What else this program is, by the name it was called by, inside a guest or in the emulated host.
 fn by_name(name: &str) -> Option<fn() -> Result<()>> {
     match name {
         "port-meter" => Some(port_meter::main),
