@@ -427,13 +427,7 @@ impl Machine {
         let begun = match command {
             Command::Pause => self.conductor.pause(),
             Command::Reset => self.conductor.reset(),
-            Command::Resume => {
-                let resumed = self.conductor.resume();
-                if resumed.is_ok() {
-                    self.overtake();
-                }
-                resumed
-            }
+            Command::Resume => self.conductor.resume(),
             Command::Link { net, up } => {
                 reply.give(match self.links.get(net) {
                     Some(link) => {
@@ -457,7 +451,11 @@ impl Machine {
             }
         };
         match begun {
-            Ok(()) => self.asker = Some(reply),
+            Ok(()) => {
+                // Of a resume before it has come to the vCPUs, or of a pause that is taken back.
+                self.overtake();
+                self.asker = Some(reply);
+            }
             Err(refused) => reply.give(Answer::Refused(refused)),
         }
         None

@@ -15,8 +15,8 @@
 //! than one in its mailbox, however often somebody pauses and resumes: what it should be told next is decided when it
 //! answers.
 //!
-//! The boot processor's clock comes before any vCPU runs, because all of them may read it (`vcpu/guest_clock.rs`). Whoever
-//! asked for a resume has his answer before: nothing can come in between but another wish.
+//! The boot processor's clock comes before any vCPU runs, because all of them may read it (`vcpu/guest_clock.rs`). A resume is
+//! done when all have been told to run; another wish that comes before overtakes it.
 
 use super::state::{Refused, State, Transition};
 use crate::actors::Lifecycle;
@@ -114,6 +114,8 @@ pub struct Conductor {
     devices: Vec<DeviceIs>,
     passage: Option<Passage>,
     frozen: bool,
+    /// What somebody asked for is done as soon as the boot processor knows what time it is.
+    almost_done: bool,
     effects: Vec<Effect>,
 }
 
@@ -134,6 +136,7 @@ impl Conductor {
             ],
             passage: None,
             frozen: false,
+            almost_done: false,
             effects: Vec::new(),
         }
     }
@@ -215,7 +218,7 @@ impl Conductor {
         self.state = self.state.after(Transition::Resume)?;
         self.passage = None;
         self.run_on();
-        self.effects.push(Effect::Done);
+        self.done();
         Ok(())
     }
 
@@ -230,7 +233,16 @@ impl Conductor {
         Ok(())
     }
 
+    /// What somebody asked for is done, or will be when the machine runs.
+    fn done(&mut self) {
+        self.almost_done = self.state == State::Running && self.vcpus[0] == VcpuIs::TakingTime;
+        if !self.almost_done {
+            self.effects.push(Effect::Done);
+        }
+    }
+
     fn begin(&mut self, reset: Option<bool>) {
+        self.almost_done = false;
         self.passage = Some(Passage {
             stage: Stage::PauseVcpus,
             reset,
@@ -266,7 +278,12 @@ impl Conductor {
         }
         self.vcpus[0] = VcpuIs::Paused;
         match self.state {
-            State::Running => self.wake_vcpus(),
+            State::Running => {
+                self.wake_vcpus();
+                if std::mem::take(&mut self.almost_done) {
+                    self.effects.push(Effect::Done);
+                }
+            }
             // Somebody wants it to stand still again, which it does.
             _ => self.advance(),
         }
@@ -364,7 +381,7 @@ impl Conductor {
                 Stage::ResetVcpus if vcpus => {
                     self.passage = None;
                     self.finish_reset(passage.reset == Some(true));
-                    self.effects.push(Effect::Done);
+                    self.done();
                 }
                 _ => return,
             }
@@ -495,17 +512,17 @@ mod tests {
         machine.resume().unwrap();
         assert_eq!(
             machine.effects(),
-            [ThawTime, Device(0, Resume), Device(1, Resume), TakeTime, Done]
+            [ThawTime, Device(0, Resume), Device(1, Resume), TakeTime]
         );
         machine.time_taken();
-        assert_eq!(machine.effects(), [Vcpu(0, Resume), Vcpu(1, Resume)]);
+        assert_eq!(machine.effects(), [Vcpu(0, Resume), Vcpu(1, Resume), Done]);
     }
 
     #[test]
     fn nobody_runs_before_the_boot_processor_knows_what_time_it_is() {
         let mut machine = paused(2, 0);
         machine.resume().unwrap();
-        assert_eq!(machine.effects(), [ThawTime, TakeTime, Done]);
+        assert_eq!(machine.effects(), [ThawTime, TakeTime]);
         // A pause that comes first finds everybody standing, and waits for the one that is busy.
         machine.pause().unwrap();
         assert_eq!((machine.effects(), machine.state()), (vec![], State::Pausing));
@@ -516,9 +533,9 @@ mod tests {
         machine.resume().unwrap();
         machine.pause().unwrap();
         machine.resume().unwrap();
-        assert_eq!(machine.effects(), [ThawTime, TakeTime, Done, Done]);
+        assert_eq!(machine.effects(), [ThawTime, TakeTime]);
         machine.time_taken();
-        assert_eq!(machine.effects(), [Vcpu(0, Resume), Vcpu(1, Resume)]);
+        assert_eq!(machine.effects(), [Vcpu(0, Resume), Vcpu(1, Resume), Done]);
         machine.time_taken();
         assert_eq!(machine.effects(), []);
     }
@@ -531,11 +548,11 @@ mod tests {
         machine.effects();
         machine.time_is_up();
         machine.resume().unwrap();
-        assert_eq!(machine.effects(), [FreezeTime, ThawTime, TakeTime, Done]);
+        assert_eq!(machine.effects(), [FreezeTime, ThawTime, TakeTime]);
         machine.vcpu_paused(1);
         assert_eq!(machine.effects(), []);
         machine.time_taken();
-        assert_eq!(machine.effects(), [Vcpu(0, Resume), Vcpu(1, Resume)]);
+        assert_eq!(machine.effects(), [Vcpu(0, Resume), Vcpu(1, Resume), Done]);
     }
 
     #[test]
