@@ -188,6 +188,7 @@ pub fn run(args: &Args) -> Result<bool> {
         qemu: vmms.iter().any(|v| !v.is_ours()),
         actor_vmm: vmms.iter().any(|v| v.is_ours()),
         gdb: false,
+        system: false,
     })?;
     println!(
         "same bzImage, same initrd, 1 vCPU, {MEMORY_MIB} MiB, in turns, each boot in a fresh emulated host:"

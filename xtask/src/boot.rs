@@ -165,6 +165,7 @@ fn emulated(scenario: &scenario::Scenario, text: &str, args: &Args) -> Result<St
         qemu: args.vmm == Vmm::Qemu,
         actor_vmm: args.vmm == Vmm::ActorVmm,
         gdb: false,
+        system: false,
     })?;
     let interactive = if args.shell { "interactive\n" } else { "" };
     let host = Host {

@@ -15,7 +15,7 @@ use harness::cpio::Archive;
 use harness::protocol::Event;
 use harness::scenario::{self, Scenario};
 
-use crate::{build, debugger, initramfs, kernel, paths, process, setup};
+use crate::{build, debugger, image, initramfs, kernel, paths, process, setup};
 
 const QEMU: &str = "qemu-system-x86_64";
 /// A processor with SVM and nested paging. QEMU does not tell KVM when a guest sets XCR0, so KVM runs the guest with
@@ -151,6 +151,7 @@ pub fn scenarios(chosen: &[&Scenario], options: &Options) -> Result<Tally> {
         qemu: options.vmm == Vmm::Qemu,
         actor_vmm: options.vmm == Vmm::ActorVmm,
         gdb: waiting.iter().any(|scenario| scenario.gdb),
+        system: waiting.iter().any(|scenario| scenario.system),
     })?;
     let deadline = Instant::now() + options.limit;
     let mut hung_before: Vec<String> = Vec::new();
@@ -254,6 +255,8 @@ fn raw(bytes: &[u8]) {
 pub struct Image {
     kernel: kernel::Kernel,
     base: Vec<u8>,
+    /// Its disk. What is written to it is gone at the end.
+    disk: Option<PathBuf>,
 }
 
 /// One emulated host.
@@ -287,6 +290,7 @@ pub struct Inside {
     pub actor_vmm: bool,
     pub qemu: bool,
     pub gdb: bool,
+    pub system: bool,
 }
 
 impl Image {
@@ -315,7 +319,12 @@ impl Image {
         }
         let mut base = initramfs::host(&kernel, inside.qemu)?;
         base.extend_from_slice(&archive.finish());
-        Ok(Self { kernel, base })
+        let disk = if inside.system {
+            Some(image::ensure(false)?.disk)
+        } else {
+            None
+        };
+        Ok(Self { kernel, base, disk })
     }
 
     /// Boots once, hands every event to `each`, and ends QEMU whatever happens.
@@ -356,6 +365,11 @@ impl Image {
             .arg(&self.kernel.bzimage)
             .arg("-initrd")
             .arg(initrd);
+        if let Some(disk) = &self.disk {
+            // A comma in a value is written twice.
+            let path = disk.display().to_string().replace(',', ",,");
+            command.args(["-drive", &format!("file={path},format=raw,if=virtio,snapshot=on")]);
+        }
         if host.counted {
             // Two nanoseconds an instruction is about what an idle machine does.
             command.args(["-icount", "shift=1,sleep=off"]);

@@ -11,7 +11,7 @@ use harness::cpio::Archive;
 use crate::kernel::Kernel;
 use crate::process;
 
-const BUSYBOX: &str = "/bin/busybox";
+pub const BUSYBOX: &str = "/bin/busybox";
 /// What a guest may load: panics are told to the VMM through pvpanic; virtio's transports and devices.
 const GUEST_MODULES: [&str; 7] = [
     "pvpanic_mmio",
@@ -22,8 +22,8 @@ const GUEST_MODULES: [&str; 7] = [
     "virtio_net",
     "vmw_vsock_virtio_transport",
 ];
-/// KVM for AMD processors, which is what QEMU can emulate; taps, and an interface that leads nowhere.
-const HOST_MODULES: [&str; 3] = ["kvm_amd", "tun", "dummy"];
+/// KVM for AMD processors, which is what QEMU can emulate; taps, and an interface that leads nowhere; a disk.
+const HOST_MODULES: [&str; 5] = ["kvm_amd", "tun", "dummy", "virtio_pci", "virtio_blk"];
 /// passt gives up its rights for those of nobody.
 const USERS: &str = "root:x:0:0::/:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n";
 /// What QEMU's microvm reads at start.
@@ -37,13 +37,17 @@ const QEMU_DATA: [&str; 7] = [
     "qemu/kvmvapic.bin",
 ];
 
-/// The guest's process 1. `script` is the scenario's; it may power off itself.
+/// The guest's process 1. `script` is the scenario's; it may power off itself, or mount a system on /root to go on with.
 const GUEST_INIT: &str = "\
 #!/bin/busybox sh
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 sh /script
+if [ -x /root/sbin/init ]; then
+    for dir in proc sys dev; do mount --move /$dir /root/$dir; done
+    exec switch_root /root /sbin/init
+fi
 poweroff -f
 ";
 
@@ -51,7 +55,7 @@ poweroff -f
 pub fn guest(kernel: &Kernel) -> Result<Vec<u8>> {
     let mut archive = Archive::new();
     busybox(&mut archive)?;
-    for dir in ["proc", "sys", "dev", "tmp", "run"] {
+    for dir in ["proc", "sys", "dev", "tmp", "run", "root"] {
         archive.dir(dir);
     }
     archive.char_device("dev/console", 5, 1);

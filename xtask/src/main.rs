@@ -5,6 +5,7 @@ mod boot;
 mod build;
 mod debugger;
 mod emulated_host;
+mod image;
 mod initramfs;
 mod kernel;
 mod names;
@@ -36,6 +37,8 @@ enum Task {
     Setup(setup::Args),
     /// Build actor-vmm and boot the stock Debian kernel to userspace with it
     Boot(boot::Args),
+    /// Build a disk with a small Debian system on it: a shell, a network, fio
+    Image(image::Args),
     /// Run every check and test, the last line being "N passed, N failed"
     Test(test::Args),
     /// Run scenarios with real guests in an emulated host (works without /dev/kvm)
@@ -72,6 +75,7 @@ fn run(task: Task) -> Result<bool> {
     match task {
         Task::Setup(args) => setup::run(&args).map(|()| true),
         Task::Boot(args) => boot::run(&args),
+        Task::Image(args) => image::run(&args).map(|()| true),
         Task::Test(args) => test::run(&args),
         Task::EmulatedHost(args) => emulated_host::run(&args),
         Task::Symbols(args) => names::run(&args),

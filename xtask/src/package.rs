@@ -19,19 +19,29 @@ impl Unpacked {
     /// Fetches what `wanted` (asked again should apt's lists be too old) calls a package and its version, for the
     /// cache's directory `place`.
     pub fn fetch(place: &str, wanted: impl Fn() -> Result<String>) -> Result<Self> {
+        Self::fetch_all(place, || Ok(vec![wanted()?]))
+    }
+
+    /// The same with several packages, one over the other.
+    pub fn fetch_all(place: &str, wanted: impl Fn() -> Result<Vec<String>>) -> Result<Self> {
         let dir = paths::cache().join(format!("{place}.incomplete"));
         remove(&dir)?;
         fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
-        let package = wanted()?;
-        eprintln!("setup: fetching {package} (it is not installed)");
-        if let Err(first) = download(&package, &dir) {
+        let packages = wanted()?;
+        match packages.as_slice() {
+            [package] => eprintln!("setup: fetching {package} (it is not installed)"),
+            all => eprintln!("setup: fetching {} packages (they are not installed)", all.len()),
+        }
+        if let Err(first) = download(&packages, &dir) {
             // The archive drops old versions; lists that still name one have to be renewed.
             setup::update_lists()?;
             download(&wanted()?, &dir).context(first)?;
         }
-        let deb = only_file(&dir, |path| path.extension().is_some_and(|e| e == "deb"))?;
-        process::output(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&dir))?;
-        fs::remove_file(&deb)?;
+        let is_package = |path: &Path| path.extension().is_some_and(|e| e == "deb");
+        while let Ok(deb) = only_file(&dir, is_package) {
+            process::output(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&dir))?;
+            fs::remove_file(&deb)?;
+        }
         let place = paths::cache().join(place);
         Ok(Self { dir, place })
     }
@@ -44,12 +54,12 @@ impl Unpacked {
     }
 }
 
-/// `package`, or `package=version`.
-fn download(package: &str, dir: &Path) -> Result<()> {
+/// Each is `package`, or `package=version`.
+fn download(packages: &[String], dir: &Path) -> Result<()> {
     let mut command = Command::new("apt-get");
     // apt as root would drop its rights and then complain that it may not write here.
     command.args(["-o", "APT::Sandbox::User=root", "--quiet=2", "download"]);
-    process::output(command.arg(package).current_dir(dir))?;
+    process::output(command.args(packages).current_dir(dir))?;
     Ok(())
 }
 

@@ -39,6 +39,9 @@ pub struct Scenario {
     /// Kernel modules of the stock kernel that the guest loads before its script.
     #[serde(default)]
     pub modules: Vec<String>,
+    /// The emulated host has a small Debian system on its disk /dev/vda (`cargo xtask image`).
+    #[serde(default)]
+    pub system: bool,
     /// The emulated host has gdb in it.
     #[serde(default)]
     pub gdb: bool,

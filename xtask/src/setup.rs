@@ -16,7 +16,7 @@ pub struct Args {
 }
 
 /// A file that only the package brings, and the package.
-const NEEDED: [(&str, &str); 7] = [
+const NEEDED: [(&str, &str); 8] = [
     ("/usr/bin/qemu-system-x86_64", "qemu-system-x86"),
     ("/usr/share/doc/busybox-static", "busybox-static"),
     ("/usr/bin/lz4", "lz4"),
@@ -24,6 +24,7 @@ const NEEDED: [(&str, &str); 7] = [
     ("/usr/bin/gdb", "gdb"),
     ("/usr/bin/passt", "passt"),
     ("/sbin/ip", "iproute2"),
+    ("/sbin/mke2fs", "e2fsprogs"),
 ];
 
 const APT_LIMIT: Duration = Duration::from_secs(600);
