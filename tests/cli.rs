@@ -289,9 +289,23 @@ fn disks_that_cannot_be_are_refused_before_anything_is_made() {
             &["--disk path=disk", "another program uses it"],
         ),
         ("--vsock cid=3,uds=disk", &["--vsock uds=disk", "no socket"]),
+        (
+            "--memory 64M --balloon size=64M",
+            &["--balloon size=67108864", "less than the guest's memory"],
+        ),
+        (
+            "--balloon --memory-backing hugepages",
+            &["--balloon", "huge pages", "another --memory-backing"],
+        ),
     ] {
         let ended = place.run(&format!("run --kernel k {words}"));
         assert_refused(&ended, BAD_INPUT, said);
+    }
+    for (words, said) in [
+        ("ctl x status 1M", &["nothing comes behind 'status'"][..]),
+        ("ctl x balloon lots", &["size=lots", "as 256M"]),
+    ] {
+        assert_refused(&place.run(words), BAD_INPUT, said);
     }
     let ended = place.run("run --kernel k --vsock cid=3,uds=no/v");
     assert_refused(&ended, HOST_TROUBLE, &["--vsock uds=no/v", "check the directory"]);
@@ -299,6 +313,10 @@ fn disks_that_cannot_be_are_refused_before_anything_is_made() {
         ("--disk odd", &["--disk", "no key 'odd'"][..]),
         ("--disk path=disk,queues=99", &["--disk", "queues=99", "1 to 16"]),
         ("--vsock cid=2,uds=v", &["--vsock", "cid=2", "3 to 4294967294"]),
+        (
+            "--balloon size=1000",
+            &["--balloon", "size=1000", "multiple of 4096"],
+        ),
         ("--vsock uds=v", &["--vsock", "'cid' is missing"]),
         ("--notify pigeon", &["--notify", "eventfd and message"]),
     ] {

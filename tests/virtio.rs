@@ -1,6 +1,8 @@
 //! Virtio devices in whole machines without `/dev/kvm`: a driver in this test plays the guest, one access at a time, and
 //! everything goes by message, under every discipline of dispatch.
 
+#[path = "virtio/balloon.rs"]
+mod balloon;
 #[path = "virtio/driver.rs"]
 mod driver;
 #[path = "virtio/machine.rs"]
@@ -17,8 +19,8 @@ use actor_vmm::machine::request::{Answer, Command};
 use actor_vmm::machine::state::State;
 use actor_vmm::machine::supervisor::{self, Unwired};
 use actor_vmm::vcpu::scripted::ScriptedBackend;
+use actor_vmm::virtio::Transport;
 use actor_vmm::virtio::config::VirtioConfig;
-use actor_vmm::virtio::{Notify, Transport};
 use crossbeam_channel::{TryRecvError, bounded};
 use driver::{DRIVER_OK, Driver};
 use machine::{Machine, Played, Scratch, config};
@@ -54,11 +56,9 @@ fn dispatches() -> Vec<(String, Dispatch, Placements)> {
 fn devices(disk: &Scratch, transport: Transport) -> VirtioConfig {
     VirtioConfig {
         disks: vec![format!("path={},serial=s", disk.0.display()).parse().unwrap()],
-        nets: Vec::new(),
         rng: true,
-        vsock: None,
         transport,
-        notify: Notify::EventFd,
+        ..VirtioConfig::default()
     }
 }
 

@@ -30,7 +30,7 @@ pub struct Ctl {
     /// cannot be done
     #[arg(value_enum)]
     verb: What,
-    /// What the verb is about, if it is about something: link DEVICE up|down
+    /// What the verb is about, if it is about something: link DEVICE up|down, balloon SIZE
     about: Vec<String>,
     /// Prints the answer as JSON
     #[arg(long)]

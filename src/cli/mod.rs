@@ -14,6 +14,7 @@ use crate::machine::dispatch::Dispatch;
 use crate::machine::memory::{Backing, MemoryConfig, parse_size};
 use crate::machine::outcome::status;
 use crate::machine::supervisor::{self, Guest, MAX_CPUS, MachineConfig, OnReset};
+use crate::virtio::balloon::BalloonConfig;
 use crate::virtio::block::DiskConfig;
 use crate::virtio::config::VirtioConfig;
 use crate::virtio::net::NetConfig;
@@ -113,6 +114,10 @@ struct Run {
     /// programs reach the guest's; the guest reaches theirs at PATH_PORT)
     #[arg(long, value_name = "cid=N,uds=PATH")]
     vsock: Option<VsockConfig>,
+    /// A balloon, by which the guest gives memory back: size=SIZE (what it has to do without at first), stats=SECS (how
+    /// often it is asked for its figures); its size is changed by `actor-vmm ctl PATH balloon SIZE`
+    #[arg(long, value_name = "size=SIZE,…", num_args = 0..=1, require_equals = false, default_missing_value = "")]
+    balloon: Option<BalloonConfig>,
     /// How drivers find virtio devices: mmio (a page of registers each, described by ACPI), or pci (a bus)
     #[arg(long, value_name = "TRANSPORT", default_value = "mmio")]
     transport: Transport,
@@ -259,6 +264,7 @@ impl Run {
                 nets: self.net.clone(),
                 rng: self.rng,
                 vsock: self.vsock.clone(),
+                balloon: self.balloon.clone(),
                 transport: self.transport,
                 notify: self.notify,
             },

@@ -8,6 +8,7 @@ use crate::machine::dispatch::Dispatch;
 use crate::machine::state::State;
 use crate::vcpu::activity::{Doing, Watch};
 use crate::vcpu::route::{Hit, RouteMap};
+use crate::virtio::balloon::Balloon;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -97,6 +98,8 @@ pub struct Observatory {
     pub clock: Clock,
     /// How vCPUs reach devices.
     pub dispatch: Dispatch,
+    /// What is known of the balloon, if there is one.
+    pub balloon: Option<Balloon>,
     /// When the machine was made.
     pub begun: Instant,
 }

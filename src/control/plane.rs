@@ -338,8 +338,8 @@ impl Running {
         };
         match class {
             Class::Look => {
-                let body = verbs::look(verb, &mut self.plane.observatory, &self.plane.kicks);
-                Some(verbs::ok(id, body).to_string())
+                let answer = verbs::look(verb, id, &mut self.plane.observatory, &self.plane.kicks);
+                Some(answer.to_string())
             }
             Class::Ask(command) => {
                 debug!(self.plane.log, "control: {}", verb.name());

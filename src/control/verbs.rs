@@ -14,6 +14,8 @@ use super::observatory::Observatory;
 use crate::actors::PlacementKind;
 use crate::machine::request::{Answer, Command};
 use crate::vcpu::kick::KickHandle;
+use crate::virtio::balloon::state::Giver;
+use crate::virtio::balloon::{self, BalloonSyntaxError};
 use serde_json::{Map, Value, json};
 
 /// The version of this protocol. Another number means that a client of this one may not be understood; new verbs and
@@ -43,6 +45,8 @@ pub enum Verb {
     Metrics,
     /// Switches a network device's link: `link net0 down`, or up
     Link,
+    /// The balloon: how large it is, and with a size (`balloon 256M`) another one
+    Balloon,
 }
 
 /// What is to be done about a verb.
@@ -56,7 +60,7 @@ pub enum Class {
 
 impl Verb {
     /// All of them.
-    pub const ALL: [Verb; 10] = [
+    pub const ALL: [Verb; 11] = [
         Verb::Status,
         Verb::Pause,
         Verb::Resume,
@@ -67,6 +71,7 @@ impl Verb {
         Verb::Actors,
         Verb::Metrics,
         Verb::Link,
+        Verb::Balloon,
     ];
 
     /// As it is in a request.
@@ -82,6 +87,7 @@ impl Verb {
             Verb::Actors => "actors",
             Verb::Metrics => "metrics",
             Verb::Link => "link",
+            Verb::Balloon => "balloon",
         }
     }
 
@@ -91,7 +97,7 @@ impl Verb {
     }
 
     /// What is to be done about it. `fields`: the request, with what it is about. The error says what is wrong with it.
-    fn class(self, fields: &Map<String, Value>) -> Result<Class, &'static str> {
+    fn class(self, fields: &Map<String, Value>) -> Result<Class, String> {
         Ok(match self {
             Verb::Pause => Class::Ask(Command::Pause),
             Verb::Resume => Class::Ask(Command::Resume),
@@ -105,9 +111,24 @@ impl Verb {
                     .ok_or("link needs a \"device\", such as \"net0\", and \"up\", true or false")?;
                 Class::Ask(Command::Link { net, up })
             }
+            Verb::Balloon => match fields.get("size") {
+                Some(size) => Class::Ask(Command::Balloon {
+                    bytes: size_of(size)?,
+                }),
+                None => Class::Look,
+            },
             Verb::Status | Verb::Kick | Verb::Why | Verb::Actors | Verb::Metrics => Class::Look,
         })
     }
+}
+
+/// Bytes, as a number or as `256M`.
+fn size_of(value: &Value) -> Result<u64, String> {
+    let text = match value {
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    balloon::config::size(&text).map_err(|error| error.to_string())
 }
 
 /// The number of a network device, by its name.
@@ -128,6 +149,9 @@ pub enum WordsError {
     /// A link's words.
     #[error("link needs a device and how it is to be: link net0 down, or up")]
     Link,
+    /// A balloon's.
+    #[error("balloon {0}")]
+    Balloon(#[from] BalloonSyntaxError),
 }
 
 /// The request that a person asks for in words: a verb, and what it is about.
@@ -142,6 +166,7 @@ pub fn from_words(words: &[&str]) -> Result<(Verb, Value), WordsError> {
             json!({"verb": verb.name(), "device": device, "up": *state == "up"})
         }
         (Verb::Link, _) => return Err(WordsError::Link),
+        (Verb::Balloon, [size]) => json!({"verb": verb.name(), "size": balloon::config::size(size)?}),
         (_, []) => json!({"verb": verb.name()}),
         _ => return Err(WordsError::Alone(verb.name())),
     };
@@ -180,7 +205,7 @@ pub fn parse(line: &[u8]) -> Result<(Verb, Class, Id), Value> {
     };
     match verb.class(&fields) {
         Ok(class) => Ok((verb, class, id)),
-        Err(text) => Err(malformed(id, text.into())),
+        Err(text) => Err(malformed(id, text)),
     }
 }
 
@@ -219,7 +244,8 @@ pub fn answered(id: Id, said: Answer) -> Value {
             format!("somebody asked for something else before it was done; the machine was {state}"),
         ),
         Answer::Failed(why) => kind_of("failed", why),
-        Answer::NoSuchDevice => kind_of("no-such-device", "the machine has no such device".into()),
+        Answer::NoSuchDevice => no_such_device(id),
+        Answer::Unfit(why) => kind_of("refused", why),
         Answer::Gone => kind_of(
             "gone",
             "the machine ends, or is too busy to take a request".into(),
@@ -227,8 +253,36 @@ pub fn answered(id: Id, said: Answer) -> Value {
     }
 }
 
+/// It would be about a device that is not there.
+fn no_such_device(id: Id) -> Value {
+    error(id, "no-such-device", "the machine has no such device".into())
+}
+
 /// The answer to a verb that only looks.
-pub fn look(verb: Verb, from: &mut Observatory, kicks: &[KickHandle]) -> Value {
+pub fn look(verb: Verb, id: Id, from: &mut Observatory, kicks: &[KickHandle]) -> Value {
+    if verb == Verb::Balloon {
+        return match &from.balloon {
+            Some(balloon) => ok(id, size_and_figures(balloon)),
+            None => no_such_device(id),
+        };
+    }
+    ok(id, look_at(verb, from, kicks))
+}
+
+fn size_and_figures(balloon: &balloon::Balloon) -> Value {
+    let mut fields = Map::new();
+    let mut put = |name: &str, value: u64| drop(fields.insert(name.into(), value.into()));
+    put("wanted_bytes", balloon.wanted_bytes());
+    put("actual_bytes", balloon.actual_bytes());
+    put("inflated_bytes_total", balloon.given_bytes(Giver::Inflate));
+    put("reported_bytes_total", balloon.given_bytes(Giver::Report));
+    for (name, value) in balloon.figures() {
+        put(&format!("guest_{name}"), value);
+    }
+    Value::Object(fields)
+}
+
+fn look_at(verb: Verb, from: &mut Observatory, kicks: &[KickHandle]) -> Value {
     match verb {
         Verb::Why => serde_json::to_value(from.look().graph()).unwrap_or(Value::Null),
         Verb::Kick => {
@@ -239,7 +293,8 @@ pub fn look(verb: Verb, from: &mut Observatory, kicks: &[KickHandle]) -> Value {
         }
         Verb::Actors => actors(from),
         Verb::Metrics => metrics(from),
-        Verb::Status | Verb::Pause | Verb::Resume | Verb::Reset | Verb::Stop | Verb::Link => json!({
+        // What acts is answered elsewhere.
+        _ => json!({
             "state": from.published.state().to_string(),
             "vcpus": from.vcpus.len(),
             "dispatch": from.dispatch.to_string(),
@@ -321,16 +376,23 @@ mod tests {
             parse(br#"{"verb": "link", "device": "net12", "up": false}"#),
             Ok((Verb::Link, link(12, false), None))
         );
+        for (size, bytes) in [("\"256M\"", 256 << 20), ("8192", 8192), ("0", 0)] {
+            let line = format!("{{\"verb\":\"balloon\",\"size\":{size}}}");
+            let class = Class::Ask(Command::Balloon { bytes });
+            assert_eq!(parse(line.as_bytes()), Ok((Verb::Balloon, class, None)));
+        }
     }
 
     #[test]
     fn words_become_the_request_that_is_understood() {
         for verb in Verb::ALL.into_iter().filter(|verb| *verb != Verb::Link) {
+            let takes_one = verb == Verb::Balloon;
             let (said, request) = from_words(&[verb.name()]).unwrap();
             assert_eq!(said, verb);
             assert_eq!(parse(request.to_string().as_bytes()).unwrap().0, verb);
+            let two = if takes_one { &["1M", "now"][..] } else { &["now"] };
             assert_eq!(
-                from_words(&[verb.name(), "now"]),
+                from_words(&[&[verb.name()], two].concat()),
                 Err(WordsError::Alone(verb.name()))
             );
         }
@@ -339,6 +401,11 @@ mod tests {
             let (_, class, _) = parse(request.to_string().as_bytes()).unwrap();
             assert_eq!(class, Class::Ask(Command::Link { net: 1, up }));
         }
+        let (_, request) = from_words(&["balloon", "256M"]).unwrap();
+        let (_, class, _) = parse(request.to_string().as_bytes()).unwrap();
+        assert_eq!(class, Class::Ask(Command::Balloon { bytes: 256 << 20 }));
+        let error = from_words(&["balloon", "now"]).unwrap_err();
+        assert!(error.to_string().starts_with("balloon size=now: "), "{error}");
         for words in [
             &["link"][..],
             &["link", "net0"],
@@ -371,6 +438,12 @@ mod tests {
             (b"{\"verb\": \"fly\", \"id\": 3}", "unknown-verb", Some(json!(3))),
             (b"{\"verb\": \"link\", \"id\": 3}", "malformed", Some(json!(3))),
             (
+                b"{\"verb\": \"balloon\", \"size\": 1, \"id\": 3}",
+                "malformed",
+                Some(json!(3)),
+            ),
+            (b"{\"verb\": \"balloon\", \"size\": {}}", "malformed", None),
+            (
                 b"{\"verb\": \"link\", \"device\": \"net0\", \"up\": 1}",
                 "malformed",
                 None,
@@ -402,6 +475,8 @@ mod tests {
             (Answer::Waits(State::Pausing, vec!["vcpu0".into()]), "waits"),
             (Answer::Overtaken(State::Running), "overtaken"),
             (Answer::Failed("why".into()), "failed"),
+            (Answer::Unfit("why".into()), "refused"),
+            (Answer::NoSuchDevice, "no-such-device"),
             (Answer::Gone, "gone"),
         ] {
             assert_eq!(answered(None, said)["error"]["kind"], kind);

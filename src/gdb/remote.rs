@@ -205,8 +205,8 @@ impl Debuggee for Remote {
             Answer::Refused(refused) => Ok(vec![format!("it is {}", refused.0)]),
             Answer::Waits(_, names) => Ok(names),
             Answer::Overtaken(_) => Ok(vec!["somebody else let it go on".into()]),
-            // The last is for another command.
-            Answer::Failed(_) | Answer::Gone | Answer::NoSuchDevice => Err(Ended),
+            // The last two are for other commands.
+            Answer::Failed(_) | Answer::Gone | Answer::NoSuchDevice | Answer::Unfit(_) => Err(Ended),
         }
     }
 

@@ -13,6 +13,7 @@ use super::platform::Platform;
 use super::request::{Answer, Command, Mailbox, Reply, Request};
 use super::state::{State, Transition};
 use super::supervisor::OnReset;
+use super::virtio::Switches;
 use super::{MachineMessage, Reloaded};
 use crate::actors::Lifecycle;
 use crate::boot::EntryPoint;
@@ -29,7 +30,6 @@ use crate::vcpu::exit::SystemEvent;
 use crate::vcpu::kick::KickHandle;
 use crate::vcpu::route::Space;
 use crate::vcpu::{End, Vcpu, VcpuEvent, VcpuHandle, VcpuMessage, VcpuNews, vcpu_mailbox};
-use crate::virtio::net::LinkSwitch;
 use crate::virtio::queue::{QueueActor, QueueHandle};
 use crossbeam_channel::{RecvTimeoutError, Sender, select_biased};
 use slog::{Logger, crit, debug, error, info, o, warn};
@@ -56,8 +56,8 @@ pub(super) struct Parts {
     pub(super) devices: Box<dyn Control>,
     /// Of each device, how many lifecycle messages it has handled; in the order of their numbers.
     pub(super) answered: Vec<(&'static str, Arc<AtomicU32>)>,
-    /// The links of network devices.
-    pub(super) links: Vec<LinkSwitch>,
+    /// What of devices can be switched.
+    pub(super) switches: Switches,
     pub(super) platform: Box<dyn Platform>,
     pub(super) event_loop: EventLoopHandle,
     pub(super) clock: Clock,
@@ -81,7 +81,7 @@ pub(super) struct Machine {
     devices: Box<dyn Control>,
     /// The actors behind devices.
     queues: Vec<QueueHandle>,
-    links: Vec<LinkSwitch>,
+    switches: Switches,
     lives: Vec<DeviceLife>,
     /// `None` while the guest is loaded anew.
     platform: Option<Box<dyn Platform>>,
@@ -137,7 +137,7 @@ impl Machine {
             vcpus: Vec::with_capacity(parts.vcpus),
             devices: parts.devices,
             queues: Vec::new(),
-            links: parts.links,
+            switches: parts.switches,
             lives,
             platform: Some(parts.platform),
             entry: None,
@@ -429,7 +429,7 @@ impl Machine {
             Command::Reset => self.conductor.reset(),
             Command::Resume => self.conductor.resume(),
             Command::Link { net, up } => {
-                reply.give(match self.links.get(net) {
+                reply.give(match self.switches.links.get(net) {
                     Some(link) => {
                         info!(
                             self.log,
@@ -442,6 +442,16 @@ impl Machine {
                     }
                     None => Answer::NoSuchDevice,
                 });
+                return None;
+            }
+            Command::Balloon { bytes } => {
+                reply.give(
+                    match self.switches.balloon.as_ref().map(|balloon| balloon.set(bytes)) {
+                        Some(Ok(())) => Answer::Done(self.conductor.state()),
+                        Some(Err(error)) => Answer::Unfit(error.to_string()),
+                        None => Answer::NoSuchDevice,
+                    },
+                );
                 return None;
             }
             Command::Stop => {

@@ -2,7 +2,7 @@
 
 use super::MachineMessage;
 use super::msi::NoWire;
-use super::virtio::{Place, Placed, Source};
+use super::virtio::{Place, Placed, Source, Switches};
 use crate::boot::layout::{self, io};
 use crate::clock::Clock;
 use crate::devices::acpi_pm::{AcpiPm, PmTimer};
@@ -26,7 +26,6 @@ use crate::pci::decode::{Bus, DataPorts, Ecam, Functions, Window};
 use crate::pci::host_bridge::HostBridge;
 use crate::pci::{ECAM_BUS_BYTES, host_bridge};
 use crate::vcpu::route::{Decode, Route, RouteMap, Space, Target};
-use crate::virtio::net::LinkSwitch;
 use crate::virtio::pci::Doorbells;
 use crate::virtio::queue::QueueActor;
 use crate::virtio::{Notify, Transport, mmio, pci};
@@ -168,8 +167,8 @@ pub struct Chipset {
     pub timed: Vec<TimedDevice>,
     /// The actors behind devices, which are given by their numbers.
     pub queues: Vec<(usize, QueueActor)>,
-    /// Of network devices, in their order.
-    pub links: Vec<LinkSwitch>,
+    /// What can be switched from outside.
+    pub switches: Switches,
     pm_timer: Arc<PmTimer>,
     bus: Option<Arc<Bus>>,
     /// Who is on it.
@@ -260,7 +259,7 @@ impl Chipset {
                 bridge,
                 others: Vec::new(),
             },
-            links: Vec::new(),
+            switches: Switches::default(),
         };
         for part in parts {
             chipset.add(part, config);
@@ -312,7 +311,7 @@ impl Chipset {
         self.add(part, config);
         let queues = placed.queues.into_iter();
         self.queues.extend(queues.map(|queue| (number, queue)));
-        self.links.extend(placed.link);
+        self.switches.join(placed.switches);
     }
 
     fn add(&mut self, part: Part, config: &ChipsetConfig) {

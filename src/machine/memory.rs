@@ -139,8 +139,16 @@ pub enum MemoryError {
     },
 }
 
-/// Parses `512M`, `4.5G`, `1536m`, `2GiB` or plain bytes: binary units K, M, G and T.
+/// Parses `512M`, `4.5G`, `1536m`, `2GiB` or plain bytes: binary units K, M, G and T. What a machine can have.
 pub fn parse_size(text: &str) -> Result<u64, SizeError> {
+    check_size(parse_bytes(text)?, PAGE_BYTES)
+}
+
+/// The same of any size, up to [`MAX_BYTES`].
+///
+/// # Errors
+/// [`SizeError::Syntax`], [`SizeError::TooLarge`].
+pub fn parse_bytes(text: &str) -> Result<u64, SizeError> {
     let syntax = || SizeError::Syntax(text.to_owned());
     let trimmed = text.trim();
     let split = trimmed
@@ -171,7 +179,7 @@ pub fn parse_size(text: &str) -> Result<u64, SizeError> {
     if bytes > u128::from(MAX_BYTES) {
         return Err(too_large());
     }
-    check_size(bytes as u64, PAGE_BYTES)
+    Ok(bytes as u64)
 }
 
 fn check_size(size: u64, page: u64) -> Result<u64, SizeError> {
@@ -303,12 +311,7 @@ pub fn create(config: &MemoryConfig) -> Result<GuestMemoryMmap, MemoryError> {
 /// What the host says, for memory that is neither private nor a file with holes.
 pub fn clear(memory: &GuestMemoryMmap) -> io::Result<()> {
     for region in memory.iter() {
-        // A hole in the file, or no private pages.
-        let advice = if region.file_offset().is_some() {
-            libc::MADV_REMOVE
-        } else {
-            libc::MADV_DONTNEED
-        };
+        let advice = advice(region);
         // SAFETY: the range is one mapping of `memory`, which nobody has references into: the guest does not run, and
         // vm-memory's accesses are volatile copies. Both leave the mapping in place and zeros in it.
         if unsafe { libc::madvise(region.as_ptr().cast(), region.len() as usize, advice) } != 0 {
@@ -316,6 +319,50 @@ pub fn clear(memory: &GuestMemoryMmap) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Gives a piece of guest memory back to the host: it reads zeroes then, and is taken anew when it is touched. Of pages
+/// that are not whole, and of what is no memory, nothing. Returns how many bytes.
+///
+/// # Errors
+/// What the host says.
+pub fn discard(memory: &GuestMemoryMmap, address: u64, bytes: u64) -> io::Result<u64> {
+    let Some(end) = address
+        .checked_add(bytes)
+        .map(|end| end / PAGE_BYTES * PAGE_BYTES)
+    else {
+        return Ok(0);
+    };
+    let start = address.next_multiple_of(PAGE_BYTES);
+    let mut given = 0;
+    for region in memory.iter() {
+        let base = region.start_addr().0;
+        let (from, to) = (start.max(base), end.min(base + region.len()));
+        if from >= to {
+            continue;
+        }
+        let advice = advice(region);
+        // SAFETY: the range is within one mapping of `memory`, which nobody has references into; see `clear`. What the
+        // guest does meanwhile is its own affair.
+        let result = unsafe {
+            let pointer = region.as_ptr().add((from - base) as usize);
+            libc::madvise(pointer.cast(), (to - from) as usize, advice)
+        };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        given += to - from;
+    }
+    Ok(given)
+}
+
+/// What empties a region: a hole in the file, or no private pages.
+fn advice(region: &GuestRegionMmap) -> libc::c_int {
+    if region.file_offset().is_some() {
+        libc::MADV_REMOVE
+    } else {
+        libc::MADV_DONTNEED
+    }
 }
 
 /// The file behind shared guest memory.

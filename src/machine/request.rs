@@ -28,6 +28,11 @@ pub enum Command {
         /// On.
         up: bool,
     },
+    /// Ask the balloon's driver for another size. It gives what it can, when it can.
+    Balloon {
+        /// What the guest is to do without.
+        bytes: u64,
+    },
 }
 
 /// What became of it.
@@ -45,6 +50,8 @@ pub enum Answer {
     Failed(String),
     /// There is no such device.
     NoSuchDevice,
+    /// What was asked for cannot be.
+    Unfit(String),
     /// There is no machine any more.
     Gone,
 }

@@ -12,6 +12,7 @@ use super::platform::NoPlatform;
 use super::request::{Answer, Command, Inbox, MachineAddress, Reply};
 use super::state::State;
 use super::supervisor::{OnReset, Unwired};
+use super::virtio::Switches;
 use crate::boot::layout::io;
 use crate::clock::Clock;
 use crate::control::observatory::Published;
@@ -272,7 +273,7 @@ impl Controller {
             // The guest's own reset may be under way.
             Answer::Refused(_) => self.fate == Fate::GuestResets,
             Answer::Gone => matches!(self.fate, Fate::GuestExits | Fate::VcpuPanics),
-            Answer::Waits(..) | Answer::Failed(_) | Answer::NoSuchDevice => false,
+            Answer::Waits(..) | Answer::Failed(_) | Answer::NoSuchDevice | Answer::Unfit(_) => false,
         };
         if !fits {
             self.ledger
@@ -421,7 +422,7 @@ fn live() -> Result<(), String> {
         mailbox,
         devices: actors.control(),
         answered,
-        links: Vec::new(),
+        switches: Switches::default(),
         platform: Box::new(NoPlatform),
         event_loop,
         clock,

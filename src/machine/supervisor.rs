@@ -4,7 +4,7 @@
 use super::actor::{Machine, OUTPUT_LIMIT, Parts};
 use super::chipset::{Chipset, ChipsetConfig, Lines, device_names};
 use super::dispatch::{Actors, BigLock, Channels, DeviceLocks, Discipline, Dispatch, MutexKind};
-use super::memory::{self, MemoryConfig, MemoryError};
+use super::memory::{self, Backing, MemoryConfig, MemoryError};
 use super::outcome::Outcome;
 use super::platform::{NoPlatform, Platform};
 use super::request::{Inbox, MachineAddress, Mailbox};
@@ -31,7 +31,6 @@ use crate::vcpu::activity::{Activity, Watch};
 use crate::vcpu::backend::Backend;
 use crate::vcpu::kick;
 use crate::virtio::config::{Opened, VirtioConfig, VirtioError};
-use crate::virtio::net::LinkSwitch;
 use crate::virtio::pci::Doorbells;
 use crate::virtio::queue::QueueActor;
 use crate::virtio::{Notify, Transport};
@@ -148,6 +147,19 @@ pub enum StartError {
     /// A test guest does not fit.
     #[error("the guest's image does not fit into its memory; use a larger --memory")]
     Image,
+    /// A balloon gives small pages back.
+    #[error(
+        "--balloon: memory of huge pages cannot be given back page by page; choose another --memory-backing"
+    )]
+    BalloonOfHugePages,
+    /// A balloon of everything.
+    #[error("--balloon size={size}: it has to be less than the guest's memory, {memory} bytes")]
+    BalloonTooLarge {
+        /// Bytes.
+        size: u64,
+        /// The same.
+        memory: u64,
+    },
 }
 
 impl StartError {
@@ -167,6 +179,8 @@ impl StartError {
                 | StartError::Cpus(_)
                 | StartError::Console(ConsoleError::File { .. })
                 | StartError::Image
+                | StartError::BalloonOfHugePages
+                | StartError::BalloonTooLarge { .. }
                 | StartError::Gdb(_)
                 | StartError::Vm(VmError::TooManyVcpus { .. } | VmError::AddressBits { .. })
         )
@@ -441,7 +455,7 @@ where
         characters: std::mem::take(&mut chipset.characters),
         timed: std::mem::take(&mut chipset.timed),
         queues: std::mem::take(&mut chipset.queues),
-        links: std::mem::take(&mut chipset.links),
+        switches: std::mem::take(&mut chipset.switches),
         signals,
         socket,
         address,
@@ -487,7 +501,7 @@ struct Assembly<B> {
     characters: Vec<CharacterDevice>,
     timed: Vec<TimedDevice>,
     queues: Vec<(usize, QueueActor)>,
-    links: Vec<LinkSwitch>,
+    switches: virtio::Switches,
     signals: Signals,
     socket: Option<OwnedSocket>,
     address: MachineAddress,
@@ -524,12 +538,17 @@ impl<B: Backend + Send + 'static> Assembly<B> {
         let messengers = devices.messengers();
         let vcpus = self.backends.len();
         let memory = self.platform.memory();
+        let balloon = self
+            .switches
+            .balloon
+            .as_ref()
+            .map(|switch| switch.balloon().clone());
         let mut machine = Machine::new(Parts {
             sender: self.sender.clone(),
             mailbox: self.mailbox,
             devices,
             answered: self.answered,
-            links: self.links,
+            switches: self.switches,
             platform: self.platform,
             event_loop,
             clock: self.clock.clone(),
@@ -562,6 +581,7 @@ impl<B: Backend + Send + 'static> Assembly<B> {
                     routes,
                     clock: self.clock,
                     dispatch: self.dispatch,
+                    balloon,
                     begun: Instant::now(),
                 };
                 Plane {
@@ -617,6 +637,17 @@ impl MachineConfig {
             return Err(StartError::PlacementWithoutActors(self.dispatch));
         }
         self.virtio.check()?;
+        if let Some(balloon) = &self.virtio.balloon {
+            if self.memory.backing == Backing::Hugepages {
+                return Err(StartError::BalloonOfHugePages);
+            }
+            if balloon.size_bytes >= self.memory.size_bytes {
+                return Err(StartError::BalloonTooLarge {
+                    size: balloon.size_bytes,
+                    memory: self.memory.size_bytes,
+                });
+            }
+        }
         let mut there = [&device_names(self.virtio.transport)[..], &self.virtio.names()].concat();
         if self.tarpit.is_some() {
             there.push("tarpit");

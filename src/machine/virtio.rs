@@ -7,6 +7,7 @@ use crate::devices::shell::InterruptLine;
 use crate::devices::{Device, Queues as QueueSet};
 use crate::pci::decode::Bus;
 use crate::pci::msix::MessageWire;
+use crate::virtio::balloon::BalloonSwitch;
 use crate::virtio::config::Opened;
 use crate::virtio::interrupt::{Interrupter, Latch, MsixWord};
 use crate::virtio::mmio::{Mmio, QUEUE_NOTIFY, WINDOW_BYTES};
@@ -20,7 +21,7 @@ use slog::Logger;
 use std::ops::Range;
 use std::sync::Arc;
 use virtio_queue::Queue;
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Where the device in a place is, by virtio-mmio.
@@ -111,8 +112,25 @@ pub struct Placed {
     pub line: Option<Box<dyn InterruptLine>>,
     /// Its queues' actors.
     pub queues: Vec<QueueActor>,
-    /// Of a network device.
-    pub link: Option<LinkSwitch>,
+    /// What of it can be switched.
+    pub switches: Switches,
+}
+
+/// What of devices can be switched from outside.
+#[derive(Default)]
+pub struct Switches {
+    /// Links of network devices, in their order.
+    pub links: Vec<LinkSwitch>,
+    /// The balloon.
+    pub balloon: Option<BalloonSwitch>,
+}
+
+impl Switches {
+    /// Those of one more device.
+    pub fn join(&mut self, other: Switches) {
+        self.links.extend(other.links);
+        self.balloon = self.balloon.take().or(other.balloon);
+    }
 }
 
 /// What all devices are connected with.
@@ -170,7 +188,7 @@ impl<L: Lines> Connections<'_, L> {
         &self,
         opened: Opened,
         interrupter: impl Fn(usize) -> Option<Interrupter>,
-    ) -> std::io::Result<(Registers, Vec<QueueActor>, Option<LinkSwitch>)> {
+    ) -> std::io::Result<(Registers, Vec<QueueActor>, Switches)> {
         debug_assert!(opened.handlers.len() <= QueueSet::MOST);
         let (mut queues, mut remotes) = (Vec::new(), Vec::new());
         for (number, handler) in opened.handlers.into_iter().enumerate() {
@@ -185,13 +203,19 @@ impl<L: Lines> Connections<'_, L> {
             queues.push(actor);
             remotes.push(remote);
         }
-        // The first queue's actor tells the driver of the link.
-        let link = match (opened.link, queues.first()) {
-            (Some(link), Some(first)) => Some(link.switch(first.bell().try_clone()?)),
-            _ => None,
-        };
+        // The first queue's actor tells the driver.
+        let mut switches = Switches::default();
+        if let Some(first) = queues.first() {
+            if let Some(link) = opened.link {
+                switches.links.push(link.switch(first.bell().try_clone()?));
+            }
+            if let Some(balloon) = opened.balloon {
+                let bytes = self.memory.iter().map(GuestMemoryRegion::len).sum();
+                switches.balloon = Some(balloon.switch(first.bell().try_clone()?, bytes));
+            }
+        }
         let registers = Registers::new(opened.identity, self.memory.clone(), Box::new(Queues(remotes)));
-        Ok((registers, queues, link))
+        Ok((registers, queues, switches))
     }
 
     fn mmio(&self, place: usize, opened: Opened) -> Result<Placed, L::Error> {
@@ -201,7 +225,7 @@ impl<L: Lines> Connections<'_, L> {
             Notify::EventFd => (Some(Latch::new(self.lines.edge_eventfd(gsi)?)), None),
             Notify::Message => (None, Some(self.lines.level(gsi)?)),
         };
-        let (registers, queues, link) = self.queues(opened, |_| latch.clone().map(Interrupter::Latch))?;
+        let (registers, queues, switches) = self.queues(opened, |_| latch.clone().map(Interrupter::Latch))?;
         if self.notify == Notify::EventFd {
             for (number, actor) in queues.iter().enumerate() {
                 self.lines
@@ -213,7 +237,7 @@ impl<L: Lines> Connections<'_, L> {
             place: Place::Mmio(address),
             line,
             queues,
-            link,
+            switches,
         })
     }
 
@@ -232,7 +256,7 @@ impl<L: Lines> Connections<'_, L> {
                 signal: sources[1 + number].signal.clone()?,
             })
         };
-        let (registers, queues, link) = self.queues(opened, interrupter)?;
+        let (registers, queues, switches) = self.queues(opened, interrupter)?;
         let doorbells = match self.notify {
             Notify::EventFd => {
                 let bells = queues.iter().map(|actor| actor.bell().try_clone());
@@ -255,7 +279,7 @@ impl<L: Lines> Connections<'_, L> {
             place: Place::Pci(slot),
             line: Some(self.lines.level(layout::VIRTIO_GSIS[place])?),
             queues,
-            link,
+            switches,
         })
     }
 }

@@ -119,6 +119,11 @@ impl Chain {
             || self.readable.len() + self.writable.len() >= MOST_SEGMENTS
     }
 
+    /// Where the driver has room.
+    pub fn writable(&self) -> &[Segment] {
+        &self.writable
+    }
+
     /// Bytes that the driver gives.
     pub fn readable_bytes(&self) -> u64 {
         total(&self.readable)

@@ -1,6 +1,7 @@
 //! Which virtio devices a machine has: what the user says, and what is opened on the host for it before anything of the
 //! machine is made.
 
+use super::balloon::{self, Balloon, BalloonConfig};
 use super::block::{self, Block, DiskConfig, Image, ImageError};
 use super::net::config::Host;
 use super::net::{self, Link, Mac, NetConfig, NetError};
@@ -27,6 +28,8 @@ pub struct VirtioConfig {
     pub rng: bool,
     /// A socket device.
     pub vsock: Option<VsockConfig>,
+    /// A balloon.
+    pub balloon: Option<BalloonConfig>,
     /// How drivers get at them.
     pub transport: Transport,
     /// How notifications travel.
@@ -38,7 +41,7 @@ pub struct VirtioConfig {
 pub enum VirtioError {
     /// Too many.
     #[error(
-        "{wanted} virtio devices (--disk, --net, --rng, --vsock) are more than a machine can have ({MAX_DEVICES})"
+        "{wanted} virtio devices (--disk, --net, --rng, --vsock, --balloon) are more than a machine can have ({MAX_DEVICES})"
     )]
     TooMany {
         /// As asked for.
@@ -53,6 +56,9 @@ pub enum VirtioError {
     /// A socket device.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// A balloon's timer.
+    #[error("--balloon: the host gives no timer")]
+    Balloon(#[source] io::Error),
     /// Two of one tap.
     #[error("--net tap={0}: two network devices cannot share a tap")]
     SameTap(String),
@@ -74,7 +80,7 @@ impl VirtioError {
             | VirtioError::SameMac(_) => true,
             VirtioError::Net(error) => error.is_bad_input(),
             VirtioError::Vsock(error) => error.is_bad_input(),
-            VirtioError::Random(_) => false,
+            VirtioError::Random(_) | VirtioError::Balloon(_) => false,
         }
     }
 }
@@ -90,6 +96,7 @@ const NET_NAMES: [&str; MAX_DEVICES] = [
 ];
 const RNG_NAME: &str = "rng0";
 const VSOCK_NAME: &str = "vsock0";
+const BALLOON_NAME: &str = "balloon0";
 
 impl VirtioConfig {
     /// The names of the devices, in the order of their places.
@@ -98,7 +105,9 @@ impl VirtioConfig {
         let nets = NET_NAMES.into_iter().take(self.nets.len());
         let rng = self.rng.then_some(RNG_NAME);
         let vsock = self.vsock.is_some().then_some(VSOCK_NAME);
-        disks.chain(nets).chain(rng).chain(vsock).collect()
+        let balloon = self.balloon.is_some().then_some(BALLOON_NAME);
+        let others = [rng, vsock, balloon];
+        disks.chain(nets).chain(others.into_iter().flatten()).collect()
     }
 
     /// What contradicts itself.
@@ -106,7 +115,8 @@ impl VirtioConfig {
     /// # Errors
     /// [`VirtioError::TooMany`], [`VirtioError::SameTap`], [`VirtioError::SameMac`].
     pub fn check(&self) -> Result<(), VirtioError> {
-        let others = usize::from(self.rng) + usize::from(self.vsock.is_some());
+        let others = [self.rng, self.vsock.is_some(), self.balloon.is_some()];
+        let others = others.into_iter().filter(|wanted| *wanted).count();
         let wanted = self.disks.len() + self.nets.len() + others;
         if wanted > MAX_DEVICES {
             return Err(VirtioError::TooMany { wanted });
@@ -143,6 +153,7 @@ impl VirtioConfig {
                 identity: block::identity(&image, disk.queues),
                 handlers: handlers.collect(),
                 link: None,
+                balloon: None,
             });
         }
         for (name, config) in NET_NAMES.into_iter().zip(&self.nets) {
@@ -152,6 +163,7 @@ impl VirtioConfig {
                 identity: net.identity,
                 handlers: net.handlers,
                 link: Some(net.link),
+                balloon: None,
             });
         }
         if self.rng {
@@ -160,6 +172,7 @@ impl VirtioConfig {
                 identity: rng::identity(),
                 handlers: vec![Box::new(Rng::open().map_err(VirtioError::Random)?)],
                 link: None,
+                balloon: None,
             });
         }
         if let Some(config) = &self.vsock {
@@ -169,6 +182,17 @@ impl VirtioConfig {
                 identity: vsock.identity,
                 handlers: vsock.handlers,
                 link: None,
+                balloon: None,
+            });
+        }
+        if let Some(config) = &self.balloon {
+            let opened_balloon = balloon::open(config, log).map_err(VirtioError::Balloon)?;
+            opened.push(Opened {
+                name: BALLOON_NAME,
+                identity: opened_balloon.identity,
+                handlers: opened_balloon.handlers,
+                link: None,
+                balloon: Some(opened_balloon.balloon),
             });
         }
         Ok(opened)
@@ -185,6 +209,8 @@ pub struct Opened {
     pub handlers: Vec<Box<dyn Handler>>,
     /// Of a network device: its link.
     pub link: Option<Link>,
+    /// Of a balloon: what is known of it.
+    pub balloon: Option<Balloon>,
 }
 
 #[cfg(test)]
@@ -202,7 +228,7 @@ mod tests {
         let log = Logger::root(slog::Discard, slog::o!());
         let error = config.open(&log).map(|_| ()).unwrap_err().to_string();
         assert!(
-            error.starts_with("17 virtio devices (--disk, --net, --rng, --vsock)"),
+            error.starts_with("17 virtio devices (--disk, --net, --rng, --vsock, --balloon)"),
             "{error}"
         );
         assert_eq!(config.names().len(), MAX_DEVICES + 1);

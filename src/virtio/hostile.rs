@@ -1,6 +1,7 @@
 //! What a hostile driver can do, against each device: nothing may panic, hang, grow or touch what it must not, and after
 //! a reset the device serves as if nothing had been.
 
+use super::balloon;
 use super::block::image::tests::Scratch;
 use super::block::{Block, Image};
 use super::net;
@@ -122,6 +123,19 @@ fn subjects() -> Vec<Subject> {
         served: Outcome::Used(0),
         _kept: Box::new(()),
     });
+    for (name, features, handler) in balloon::tests::handlers() {
+        all.push(Subject {
+            name,
+            handler,
+            probe: Box::new(move |rig| {
+                rig.features = features;
+                rig.start();
+                rig.request(&[R(0x5000, 16)])
+            }),
+            served: Outcome::Used(0),
+            _kept: Box::new(()),
+        });
+    }
     all
 }
 

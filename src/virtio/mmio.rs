@@ -191,7 +191,11 @@ impl Device for Mmio {
     }
 
     fn write(&mut self, _cx: &mut dyn Context, access: Access, value: u64) {
-        if let Some(offset) = register(access) {
+        if let Some(offset) = access.offset.checked_sub(CONFIGURATION_SPACE) {
+            let bytes = value.to_le_bytes();
+            self.registers
+                .write_configuration(offset, &bytes[..access.width.bytes()]);
+        } else if let Some(offset) = register(access) {
             self.write_register(offset, value as u32);
         }
     }

@@ -16,11 +16,12 @@
 //! | who may touch guest memory, and how it is taken back | `lease.rs` |
 //! | descriptor chains from a guest, and back | `chain.rs`, `used.rs` |
 //! | interrupts that queues' actors raise themselves | `interrupt.rs` |
-//! | the devices | `rng.rs`, `block/`, `net/`, `vsock/` |
+//! | the devices | `rng.rs`, `block/`, `net/`, `vsock/`, `balloon/` |
 //! | what the user says, and what is opened for it | `config.rs`, `keys.rs` |
 //!
 //! [VIRTIO 1.2] is <https://docs.oasis-open.org/virtio/virtio/v1.2/virtio-v1.2.html>.
 
+pub mod balloon;
 pub mod block;
 pub mod chain;
 pub mod complaints;

@@ -21,6 +21,7 @@ use super::{BackendEvent, BackendNews, CHUNK_BYTES, Queues};
 use crate::actors::{Rank, RankGuard};
 use crate::devices::shell::DeviceMessage;
 use crate::host::events::Tell;
+use crate::machine::memory;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, ppoll};
@@ -35,6 +36,9 @@ use std::time::Duration;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
+
+/// What is given back to the host in one touch, bytes: a huge page.
+pub const DISCARD_BYTES: u64 = 2 << 20;
 
 /// When the register side's mailbox had no room for our news, it is tried again after this.
 const RETRY: Duration = Duration::from_millis(1);
@@ -131,6 +135,36 @@ impl Request<'_> {
     /// Bytes that the driver has room for.
     pub fn writable_bytes(&self) -> u64 {
         self.chain.writable_bytes()
+    }
+
+    /// Where the driver has room: addresses and bytes.
+    pub fn writable(&self) -> impl ExactSizeIterator<Item = (u64, u64)> {
+        self.chain
+            .writable()
+            .iter()
+            .map(|segment| (segment.address, segment.bytes.into()))
+    }
+
+    /// Gives a piece of guest memory back to the host, in touches of [`DISCARD_BYTES`] at most; see
+    /// [`memory::discard`]. `Ok(Err)`: the host does not take it.
+    ///
+    /// # Errors
+    /// [`Interruption::Gone`].
+    pub fn discard(&self, address: u64, bytes: u64) -> Result<std::io::Result<u64>, Interruption> {
+        let (mut done, mut given) = (0, 0);
+        while done < bytes {
+            let part = (bytes - done).min(DISCARD_BYTES);
+            let Some(from) = address.checked_add(done) else {
+                break;
+            };
+            let _touch = self.guest.touch(self.epoch)?;
+            match memory::discard(&self.guest.memory, from, part) {
+                Ok(bytes) => given += bytes,
+                Err(error) => return Ok(Err(error)),
+            }
+            done += part;
+        }
+        Ok(Ok(given))
     }
 
     /// How many of the driver's chains it is made of.

@@ -12,7 +12,7 @@
 
 use super::{BackendEvent, BackendNews, QUEUE_SIZE};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use virtio_bindings::virtio_config as spec;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueT};
@@ -99,7 +99,7 @@ pub trait Backend: Send {
     fn resume(&mut self);
 }
 
-/// A field of the configuration space that a queue's actor changes and the register side reads in place: 16 bits, and
+/// A field of the configuration space that a queue's actor changes and the register side reads in place: up to 32 bits, and
 /// a count of the changes, which is the configuration's generation [VIRTIO 1.2 §2.5].
 ///
 /// One word, so that field and generation change together. It stands for itself, but the interrupt that tells of it comes
@@ -108,20 +108,33 @@ pub trait Backend: Send {
 pub struct Published {
     /// Where it is in the configuration space.
     pub offset: usize,
+    bytes: usize,
     word: Arc<AtomicU64>,
 }
 
 impl Published {
-    /// A field with this value.
+    /// A field of 16 bits with this value.
     pub fn new(offset: usize, value: u16) -> Published {
-        let word = Arc::new(AtomicU64::new(value.into()));
-        Published { offset, word }
+        Published {
+            bytes: 2,
+            ..Published::wide(offset, value.into())
+        }
+    }
+
+    /// One of 32 bits.
+    pub fn wide(offset: usize, value: u32) -> Published {
+        Published {
+            offset,
+            bytes: 4,
+            word: Arc::new(AtomicU64::new(value.into())),
+        }
     }
 
     /// Changes it. For its one owner. Returns whether it was another one.
-    pub fn set(&self, value: u16) -> bool {
+    pub fn set(&self, value: impl Into<u32>) -> bool {
+        let value = value.into();
         let old = self.word.load(Ordering::Relaxed);
-        if old as u16 == value {
+        if old as u32 == value {
             return false;
         }
         let generation = (old >> 32) as u32;
@@ -131,14 +144,50 @@ impl Published {
     }
 
     /// Its value.
-    pub fn value(&self) -> u16 {
-        self.word.load(Ordering::Acquire) as u16
+    pub fn value(&self) -> u32 {
+        self.word.load(Ordering::Acquire) as u32
     }
 
     fn generation(&self) -> u32 {
         (self.word.load(Ordering::Acquire) >> 32) as u32
     }
 }
+
+/// A field of the configuration space that the driver writes: 32 bits, for whoever wants to know. The register side is its
+/// one writer; `Release` to write and `Acquire` to read, as of [`Published`].
+#[derive(Clone, Debug)]
+pub struct Written {
+    /// Where it is in the configuration space.
+    pub offset: usize,
+    word: Arc<AtomicU32>,
+}
+
+impl Written {
+    /// A field that is 0 until the driver writes it.
+    pub fn new(offset: usize) -> Written {
+        Written {
+            offset,
+            word: Arc::default(),
+        }
+    }
+
+    /// Its value.
+    pub fn value(&self) -> u32 {
+        self.word.load(Ordering::Acquire)
+    }
+
+    fn set(&self, value: u32) {
+        self.word.store(value, Ordering::Release);
+    }
+}
+
+impl PartialEq for Written {
+    fn eq(&self, other: &Written) -> bool {
+        self.offset == other.offset && Arc::ptr_eq(&self.word, &other.word)
+    }
+}
+
+impl Eq for Written {}
 
 impl PartialEq for Published {
     fn eq(&self, other: &Published) -> bool {
@@ -155,10 +204,12 @@ pub struct Identity {
     pub device_type: u32,
     /// Its own features; [`COMMON_FEATURES`] come on top.
     pub features: u64,
-    /// Its configuration space. No device here has fields that a driver may write.
+    /// Its configuration space.
     pub configuration: Vec<u8>,
     /// The one field of it that changes, if one does.
     pub published: Option<Published>,
+    /// The one field of it that the driver may write, if one is.
+    pub written: Option<Written>,
     /// How many queues.
     pub queues: usize,
 }
@@ -204,8 +255,11 @@ impl Registers {
 
     /// Bytes of the configuration space; what is beyond its end stays as it is.
     pub fn read_configuration(&self, offset: u64, bytes: &mut [u8]) {
-        let field = self.identity.published.as_ref();
-        let field = field.map(|field| (field.offset, field.value().to_le_bytes()));
+        let published = self.identity.published.as_ref();
+        let published = published.map(|field| (field.offset, field.value(), field.bytes));
+        let written = self.identity.written.as_ref();
+        let written = written.map(|field| (field.offset, field.value(), 4));
+        let fields = [published, written];
         let Ok(offset) = usize::try_from(offset) else {
             return;
         };
@@ -214,12 +268,28 @@ impl Registers {
             if let Some(value) = self.identity.configuration.get(at) {
                 *byte = *value;
             }
-            if let Some((start, value)) = field
-                && let Some(value) = at.checked_sub(start).and_then(|at| value.get(at))
-            {
-                *byte = *value;
+            for (start, value, size) in fields.into_iter().flatten() {
+                let value = value.to_le_bytes();
+                if let Some(value) = at.checked_sub(start).and_then(|at| value[..size].get(at)) {
+                    *byte = *value;
+                }
             }
         }
+    }
+
+    /// Writes bytes of the configuration space; what the driver may not write stays as it is.
+    pub fn write_configuration(&self, offset: u64, bytes: &[u8]) {
+        let (Some(field), Ok(offset)) = (&self.identity.written, usize::try_from(offset)) else {
+            return;
+        };
+        let mut value = field.value().to_le_bytes();
+        for (at, byte) in bytes.iter().enumerate() {
+            let at = offset.checked_add(at).and_then(|at| at.checked_sub(field.offset));
+            if let Some(place) = at.and_then(|at| value.get_mut(at)) {
+                *place = *byte;
+            }
+        }
+        field.set(u32::from_le_bytes(value));
     }
 
     /// All that is offered.
@@ -305,6 +375,9 @@ impl Registers {
         self.status = 0;
         self.driver_features = 0;
         self.queues.fill(QueueSetup::NEW);
+        if let Some(field) = &self.identity.written {
+            field.set(0);
+        }
     }
 
     /// The longest that a queue can be; 0: there is no such queue.
@@ -384,6 +457,7 @@ mod tests {
             features: 0,
             configuration: (0..10).collect(),
             published: Some(field.clone()),
+            written: None,
             queues: 0,
         };
         let registers = Registers::new(identity, memory(), backend);
@@ -393,11 +467,40 @@ mod tests {
             bytes
         };
         assert_eq!((read(4), registers.configuration_generation()), ([4, 5, 1, 0], 0));
-        assert!(!field.set(1));
-        assert!(field.set(0x1234));
+        assert!(!field.set(1u16));
+        assert!(field.set(0x1234u16));
         assert_eq!(read(7), [0x12, 8, 9, 0xff]);
         assert_eq!((read(u64::MAX - 1), read(3)), ([0xff; 4], [3, 4, 5, 0x34]));
         assert_eq!((field.value(), registers.configuration_generation()), (0x1234, 1));
+    }
+
+    #[test]
+    fn a_driver_writes_what_it_may_and_a_reset_clears_it() {
+        let (backend, _calls) = recorded();
+        let (target, written) = (Published::wide(0, 0x0102_0304), Written::new(4));
+        let identity = Identity {
+            device_type: 5,
+            features: 0,
+            configuration: vec![9; 10],
+            published: Some(target),
+            written: Some(written.clone()),
+            queues: 0,
+        };
+        let mut registers = Registers::new(identity, memory(), backend);
+        let read = |registers: &Registers| {
+            let mut bytes = [0xff; 12];
+            registers.read_configuration(0, &mut bytes);
+            bytes
+        };
+        assert_eq!(read(&registers), [4, 3, 2, 1, 0, 0, 0, 0, 9, 9, 0xff, 0xff]);
+        registers.write_configuration(4, &[1, 2, 3, 4]);
+        assert_eq!(written.value(), 0x0403_0201);
+        registers.write_configuration(2, &[7, 7, 7, 8]);
+        registers.write_configuration(7, &[6, 6]);
+        registers.write_configuration(u64::MAX, &[5, 5]);
+        assert_eq!(read(&registers), [4, 3, 2, 1, 7, 8, 3, 6, 9, 9, 0xff, 0xff]);
+        registers.reset();
+        assert_eq!(written.value(), 0);
     }
 
     fn new() -> (Registers, crossbeam_channel::Receiver<Call>) {
@@ -407,6 +510,7 @@ mod tests {
             features: 1 << 9,
             configuration: vec![1, 2, 3],
             published: None,
+            written: None,
             queues: 2,
         };
         (Registers::new(identity, memory(), backend), calls)

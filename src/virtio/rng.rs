@@ -19,6 +19,7 @@ pub fn identity() -> Identity {
         features: 0,
         configuration: Vec::new(),
         published: None,
+        written: None,
         queues: 1,
     }
 }

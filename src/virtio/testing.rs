@@ -83,6 +83,7 @@ fn identity() -> Identity {
         features: 1 << 9,
         configuration: (0..60).collect(),
         published: None,
+        written: None,
         queues: 2,
     }
 }

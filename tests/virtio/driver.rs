@@ -67,6 +67,24 @@ impl<'a> Driver<'a> {
         }
     }
 
+    /// Where the device's own configuration begins.
+    fn device_configuration(&self) -> u64 {
+        match self.transport {
+            Transport::Mmio => 0x100,
+            Transport::Pci => 0x2000,
+        }
+    }
+
+    /// A field of the device's own configuration, of 32 bits.
+    pub fn field(&self, offset: u64) -> u32 {
+        self.get(self.device_configuration() + offset, 4)
+    }
+
+    /// Writes one.
+    pub fn set_field(&self, offset: u64, value: u32) {
+        self.set(self.device_configuration() + offset, 4, value);
+    }
+
     pub fn status(&self) -> u32 {
         match self.transport {
             Transport::Mmio => self.get(0x70, 4),

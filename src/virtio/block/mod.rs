@@ -54,6 +54,7 @@ pub fn identity(image: &Image, queues: u16) -> Identity {
         features,
         configuration: configuration(image, queues),
         published: None,
+        written: None,
         queues: queues.into(),
     }
 }

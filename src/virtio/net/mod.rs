@@ -198,6 +198,7 @@ fn identity(config: &NetConfig, mac: Mac, offloads: u64, published: Published) -
         features,
         configuration,
         published: Some(published),
+        written: None,
         queues: 2 * pairs + usize::from(several),
     }
 }

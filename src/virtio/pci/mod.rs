@@ -207,6 +207,11 @@ impl Function {
     fn write_bar(&mut self, offset: u64, width: Width, value: u64) {
         match offset {
             offset if layout::COMMON.contains(&offset) => self.write_common(offset, width, value),
+            offset if layout::DEVICE.contains(&offset) => {
+                let bytes = value.to_le_bytes();
+                self.registers
+                    .write_configuration(offset - layout::DEVICE.start, &bytes[..width.bytes()]);
+            }
             layout::NOTIFY..layout::TABLE => {
                 let offset = offset - layout::NOTIFY;
                 if offset.is_multiple_of(layout::NOTIFY_STEP) {

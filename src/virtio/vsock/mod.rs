@@ -90,6 +90,7 @@ pub fn open(name: &'static str, config: &VsockConfig, log: &Logger) -> Result<Op
             features: VIRTIO_VSOCK_F_STREAM,
             configuration: u64::from(config.cid).to_le_bytes().to_vec(),
             published: None,
+            written: None,
             queues: 3,
         },
         handlers: vec![
