@@ -25,6 +25,7 @@ use crossbeam_channel::{TryRecvError, bounded};
 use driver::{DRIVER_OK, Driver};
 use machine::{Machine, Played, Scratch, config};
 use slog::{Logger, o};
+use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 
 /// Placements of the two devices.
@@ -249,6 +250,52 @@ fn while_a_machine_is_paused_its_memory_stands_still_and_then_the_request_goes_o
         block.start();
         block.offer(&[(header, 16, false), (data, 512, true), (status, 1, true)]);
         assert_eq!(block.interrupt(), 1, "{way}");
+        assert!(matches!(machine.end(), Outcome::GuestExit(7)), "{way}");
+    }
+}
+
+#[test]
+fn a_limited_disk_takes_its_time_and_nobody_else_waits_for_it() {
+    for (way, transport, dispatch, placements) in ways() {
+        let disk = Scratch::new(&[9; 1 << 20]);
+        let mut virtio = devices(&disk, transport);
+        virtio.disks = vec![format!("path={},rate=256K", disk.0.display()).parse().unwrap()];
+        let machine = Machine::start(config(dispatch, placements, virtio));
+        let (mut block, mut rng) = (
+            Driver::new(&machine, transport, 0),
+            Driver::new(&machine, transport, 1),
+        );
+        block.start();
+        rng.start();
+        let (header, data, status) = (0x30_0000, 0x40_0000, 0x32_0000);
+        let begin = std::time::Instant::now();
+        for _ in 0..6 {
+            block_header(&machine, header, 0, 0);
+            block.offer(&[(header, 16, false), (data, 16 << 10, true), (status, 1, true)]);
+            // Another device is served meanwhile, and the machine pauses at once.
+            rng.offer(&[(0x33_0000, 32, true)]);
+            assert_eq!(rng.interrupt(), 1, "{way}");
+            assert_eq!(
+                machine.address.ask(Command::Pause),
+                Answer::Done(State::Paused),
+                "{way}"
+            );
+            assert_eq!(
+                machine.address.ask(Command::Resume),
+                Answer::Done(State::Running),
+                "{way}"
+            );
+            assert_eq!(block.interrupt(), 1, "{way}");
+        }
+        // The last began when the five before it were paid for, but for a tenth of a second.
+        let least = Duration::from_secs_f64(5.0 * 16.0 / 256.0 - 0.1);
+        assert!(begin.elapsed() >= least, "{way}: {:?}", begin.elapsed());
+        // Four seconds' worth, and a reset that does not wait for them.
+        block.offer(&[(header, 16, false), (data, 1 << 20, true), (status, 1, true)]);
+        assert_eq!(block.interrupt(), 1, "{way}");
+        block.offer(&[(header, 16, false), (data, 512, true), (status, 1, true)]);
+        block.set_status(0);
+        assert_eq!((block.status(), block.pending()), (0, 0), "{way}");
         assert!(matches!(machine.end(), Outcome::GuestExit(7)), "{way}");
     }
 }

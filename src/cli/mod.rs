@@ -100,11 +100,12 @@ struct Run {
     /// Adds a port (0xea0) whose accesses take so many seconds, to measure what a slow device does to the others
     #[arg(long, value_name = "SECS", hide = true, value_parser = parse_seconds)]
     delay_port: Option<Duration>,
-    /// A disk: path=FILE, and what else of ro, queues=N, serial=TEXT; may be repeated (in the guest: vda, vdb, …)
+    /// A disk: path=FILE, and what else of ro, queues=N, serial=TEXT, rate=SIZE (bytes a second),
+    /// iops=N (requests a second); may be repeated (in the guest: vda, vdb, …)
     #[arg(long, value_name = "path=FILE,…")]
     disk: Vec<DiskConfig>,
     /// A network device: tap=NAME (an interface of the host) or user (without rights, through passt), and what else of
-    /// mac=ADDRESS, mtu=N, queues=N, tcp=PORTS, udp=PORTS; may be repeated
+    /// mac=ADDRESS, mtu=N, queues=N, rate=SIZE, iops=N (frames), tcp=PORTS, udp=PORTS; may be repeated
     #[arg(long, value_name = "tap=NAME|user,…")]
     net: Vec<NetConfig>,
     /// An entropy device, fed from the host's /dev/urandom

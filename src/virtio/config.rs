@@ -3,6 +3,7 @@
 
 use super::balloon::{self, Balloon, BalloonConfig};
 use super::block::{self, Block, DiskConfig, Image, ImageError};
+use super::limit::{Limited, Limits};
 use super::net::config::Host;
 use super::net::{self, Link, Mac, NetConfig, NetError};
 use super::queue::Handler;
@@ -59,6 +60,9 @@ pub enum VirtioError {
     /// A balloon's timer.
     #[error("--balloon: the host gives no timer")]
     Balloon(#[source] io::Error),
+    /// A limit's timer.
+    #[error("--disk: the host gives no timer for its rate")]
+    Timer(#[source] io::Error),
     /// Two of one tap.
     #[error("--net tap={0}: two network devices cannot share a tap")]
     SameTap(String),
@@ -80,7 +84,7 @@ impl VirtioError {
             | VirtioError::SameMac(_) => true,
             VirtioError::Net(error) => error.is_bad_input(),
             VirtioError::Vsock(error) => error.is_bad_input(),
-            VirtioError::Random(_) | VirtioError::Balloon(_) => false,
+            VirtioError::Random(_) | VirtioError::Balloon(_) | VirtioError::Timer(_) => false,
         }
     }
 }
@@ -146,12 +150,15 @@ impl VirtioConfig {
         let mut opened = Vec::with_capacity(self.names().len());
         for (name, disk) in DISK_NAMES.into_iter().zip(&self.disks) {
             let image = Arc::new(Image::open(disk)?);
-            let handlers = (0..disk.queues)
-                .map(|_| Box::new(Block::new(image.clone(), &disk.serial, log.clone())) as Box<dyn Handler>);
+            let limits = Limits::new(disk.allowance);
+            let handlers = (0..disk.queues).map(|_| {
+                let block = Block::new(image.clone(), &disk.serial, log.clone());
+                Limited::around(block, &limits, block::OVERHEAD_BYTES).map_err(VirtioError::Timer)
+            });
             opened.push(Opened {
                 name,
                 identity: block::identity(&image, disk.queues),
-                handlers: handlers.collect(),
+                handlers: handlers.collect::<Result<_, _>>()?,
                 link: None,
                 balloon: None,
             });

@@ -4,6 +4,7 @@
 use super::balloon;
 use super::block::image::tests::Scratch;
 use super::block::{Block, Image};
+use super::limit::{Allowance, Limited, Limits};
 use super::net;
 use super::net::control::Control;
 use super::net::receive::Receive;
@@ -40,19 +41,38 @@ struct Subject {
     _kept: Box<dyn std::any::Any>,
 }
 
+/// A disk's request for its serial number.
+fn identification() -> Box<dyn Fn(&mut Rig) -> Outcome> {
+    Box::new(|rig| {
+        let mut header = [0; 16];
+        header[0] = 8;
+        rig.write(0x5000, &header);
+        rig.request(&[R(0x5000, 16), W(0x6000, 20), W(0x6100, 1)])
+    })
+}
+
 fn subjects() -> Vec<Subject> {
+    // The same behind a limit that is never reached for long.
+    let file = Scratch::new(&[0; 64 << 10]);
+    let image = Arc::new(Image::open(&file.config(false)).unwrap());
+    let allowance = Allowance {
+        bytes: Some(1 << 40),
+        operations: Some(1 << 30),
+    };
+    let limits = Limits::new(allowance);
+    let limited = Subject {
+        name: "blk limited",
+        handler: Limited::around(Block::new(image, "", quiet()), &limits, 17).unwrap(),
+        probe: identification(),
+        served: Outcome::Used(21),
+        _kept: Box::new(file),
+    };
     let file = Scratch::new(&[0; 64 << 10]);
     let image = Arc::new(Image::open(&file.config(false)).unwrap());
     let disk = Subject {
         name: "blk",
         handler: Box::new(Block::new(image, "", quiet())),
-        // An identification request.
-        probe: Box::new(|rig| {
-            let mut header = [0; 16];
-            header[0] = 8;
-            rig.write(0x5000, &header);
-            rig.request(&[R(0x5000, 16), W(0x6000, 20), W(0x6100, 1)])
-        }),
+        probe: identification(),
         served: Outcome::Used(21),
         _kept: Box::new(file),
     };
@@ -63,7 +83,7 @@ fn subjects() -> Vec<Subject> {
         served: Outcome::Used(16),
         _kept: Box::new(()),
     };
-    let (mut all, (pair, host)) = (vec![disk, rng], net::testing::pair());
+    let (mut all, (pair, host)) = (vec![disk, limited, rng], net::testing::pair());
     let link = net::testing::link(quiet());
     // Frames are there: a queue without any would look at nothing.
     let (inside, frame) = (Arc::new(host), [0; 12 + 60]);

@@ -14,6 +14,7 @@
 //! | virtio-pci: a function of [`crate::pci`]'s bus | `pci/` |
 //! | a queue's actor | `queue.rs` |
 //! | who may touch guest memory, and how it is taken back | `lease.rs` |
+//! | rate limits, around any handler | `limit.rs` |
 //! | descriptor chains from a guest, and back | `chain.rs`, `used.rs` |
 //! | interrupts that queues' actors raise themselves | `interrupt.rs` |
 //! | the devices | `rng.rs`, `block/`, `net/`, `vsock/`, `balloon/` |
@@ -31,6 +32,7 @@ mod hostile;
 pub mod interrupt;
 mod keys;
 pub mod lease;
+pub mod limit;
 pub mod mmio;
 pub mod net;
 pub mod pci;

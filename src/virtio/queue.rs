@@ -110,6 +110,11 @@ pub trait Handler: Send {
         false
     }
 
+    /// Bytes that the last request has moved and that were in none of its buffers. For a limit.
+    fn beside(&self) -> u64 {
+        0
+    }
+
     /// Does what the request says. Returns how many bytes were written to the driver's buffers.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! What `--disk` says: `path=…` and what else, separated by commas.
 
-use crate::virtio::keys::items;
+use crate::virtio::keys::{items, operations, rate};
+use crate::virtio::limit::Allowance;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -20,6 +21,8 @@ pub struct DiskConfig {
     pub queues: u16,
     /// What the guest sees as the serial number.
     pub serial: String,
+    /// What may go through it, in both directions together.
+    pub allowance: Allowance,
 }
 
 /// A `--disk` that cannot be.
@@ -30,7 +33,7 @@ pub enum DiskSyntaxError {
     NoPath,
     /// A key that is none.
     #[error(
-        "a disk has no key '{0}'; there are path, ro, queues and serial (a comma in a value is written ,,)"
+        "a disk has no key '{0}'; there are path, ro, queues, serial, rate and iops (a comma in a value is written ,,)"
     )]
     UnknownKey(String),
     /// The same key again.
@@ -42,6 +45,12 @@ pub enum DiskSyntaxError {
     /// `queues=…`
     #[error("queues={0}: a disk has 1 to {MAX_QUEUES} queues")]
     Queues(String),
+    /// `rate=…`
+    #[error("rate={0}: a rate is bytes a second, above 0, as 10M")]
+    Rate(String),
+    /// `iops=…`
+    #[error("iops={0}: requests a second are a number above 0")]
+    Iops(String),
     /// `serial=…`
     #[error("serial={0}: a serial number is 1 to {SERIAL_BYTES} printable ASCII characters")]
     Serial(String),
@@ -60,6 +69,7 @@ impl FromStr for DiskConfig {
 
     fn from_str(text: &str) -> Result<Self, DiskSyntaxError> {
         let (mut path, mut read_only, mut queues, mut serial) = (None, None, None, None);
+        let (mut bytes, mut iops) = (None, None);
         for item in items(text) {
             match item.split_once('=') {
                 Some(("path", value)) if !value.is_empty() => once(&mut path, "path", value.into())?,
@@ -76,6 +86,14 @@ impl FromStr for DiskConfig {
                     }
                     once(&mut serial, "serial", value.to_owned())?;
                 }
+                Some(("rate", value)) => {
+                    let number = rate(value).ok_or_else(|| DiskSyntaxError::Rate(value.into()))?;
+                    once(&mut bytes, "rate", number)?;
+                }
+                Some(("iops", value)) => {
+                    let number = operations(value).ok_or_else(|| DiskSyntaxError::Iops(value.into()))?;
+                    once(&mut iops, "iops", number)?;
+                }
                 Some(("ro", _)) => return Err(DiskSyntaxError::FlagWithValue),
                 None if item == "ro" => once(&mut read_only, "ro", true)?,
                 Some((key, _)) => return Err(DiskSyntaxError::UnknownKey(key.into())),
@@ -87,6 +105,10 @@ impl FromStr for DiskConfig {
             read_only: read_only.unwrap_or(false),
             queues: queues.unwrap_or(1),
             serial: serial.unwrap_or_default(),
+            allowance: Allowance {
+                bytes,
+                operations: iops,
+            },
         })
     }
 }
@@ -97,12 +119,16 @@ mod tests {
 
     #[test]
     fn what_is_said_is_what_is_meant() {
-        let disk: DiskConfig = "path=/a,,b,ro,queues=4,serial=disk 1".parse().unwrap();
+        let disk: DiskConfig = "path=/a,,b,ro,queues=4,serial=disk 1,iops=9".parse().unwrap();
         let expected = DiskConfig {
             path: "/a,b".into(),
             read_only: true,
             queues: 4,
             serial: "disk 1".into(),
+            allowance: Allowance {
+                bytes: None,
+                operations: Some(9),
+            },
         };
         assert_eq!(disk, expected);
         let disk: DiskConfig = "path=x=y".parse().unwrap();
@@ -127,6 +153,10 @@ mod tests {
             ("path=a,serial=123456789012345678901", "20 printable"),
             ("path=a,serial=é", "printable"),
             ("path=a,", "no key ''"),
+            ("path=a,rate=fast", "rate=fast: "),
+            ("path=a,rate=0", "rate=0: "),
+            ("path=a,iops=1.5", "iops=1.5: "),
+            ("path=a,rate=1,rate=2", "'rate' is given twice"),
         ] {
             let error = text.parse::<DiskConfig>().unwrap_err().to_string();
             assert!(error.contains(named), "{text}: {error}");

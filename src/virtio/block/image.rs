@@ -270,6 +270,7 @@ pub(crate) mod tests {
                 read_only,
                 queues: 1,
                 serial: String::new(),
+                allowance: Default::default(),
             }
         }
     }

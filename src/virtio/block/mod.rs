@@ -27,6 +27,8 @@ use virtio_bindings::virtio_blk as spec;
 pub const SECTOR_BYTES: u64 = 512;
 
 const BLOCK_DEVICE: u32 = 2;
+/// Bytes of a request that are no data: its header and its status. [VIRTIO 1.2 §5.2.6]
+pub const OVERHEAD_BYTES: u64 = 16 + 1;
 
 /// Most sectors of one discard: 1 GiB.
 pub const MAX_DISCARD_SECTORS: u32 = 1 << 21;

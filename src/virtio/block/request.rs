@@ -136,6 +136,8 @@ pub struct Block {
     image: Arc<Image>,
     serial: [u8; SERIAL_BYTES],
     complaints: Complaints,
+    /// Bytes of zeroes that the last request has written.
+    zeroed: u64,
 }
 
 impl Block {
@@ -150,6 +152,7 @@ impl Block {
             image,
             serial: padded,
             complaints: Complaints::new(log),
+            zeroed: 0,
         }
     }
 
@@ -263,7 +266,10 @@ impl Block {
             // fallocate knows no empty range.
             let result = match (bytes, zeroes) {
                 (0, _) => Ok(()),
-                (_, true) => self.image.write_zeroes(offset, bytes, unmap),
+                (_, true) => {
+                    self.zeroed += bytes;
+                    self.image.write_zeroes(offset, bytes, unmap)
+                }
                 (_, false) => self.image.discard(offset, bytes),
             };
             if let Err(error) = result {
@@ -275,7 +281,12 @@ impl Block {
 }
 
 impl Handler for Block {
+    fn beside(&self) -> u64 {
+        self.zeroed
+    }
+
     fn serve(&mut self, request: &mut Request<'_>) -> Result<u32, Interruption> {
+        self.zeroed = 0;
         // The last byte is the status; what is before it is room for data.
         let room = request
             .writable_bytes()

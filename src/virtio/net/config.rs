@@ -1,6 +1,7 @@
 //! What `--net` says: `tap=NAME` or `user`, and what else, separated by commas.
 
-use crate::virtio::keys::items;
+use crate::virtio::keys::{items, operations, rate};
+use crate::virtio::limit::Allowance;
 use std::fmt;
 use std::fs::File;
 use std::io::Read;
@@ -94,6 +95,8 @@ pub struct NetConfig {
     pub mtu: Option<u16>,
     /// How many queue pairs, each with two threads.
     pub queues: u16,
+    /// What may go through it, in each direction.
+    pub allowance: Allowance,
 }
 
 /// A `--net` that cannot be.
@@ -107,7 +110,7 @@ pub enum NetSyntaxError {
     TwoHosts,
     /// A key that is none.
     #[error(
-        "a network device has no key '{0}'; there are tap, user, mac, mtu, queues, tcp and udp (a comma in a value is written ,,)"
+        "a network device has no key '{0}'; there are tap, user, mac, mtu, queues, rate, iops, tcp and udp (a comma in a value is written ,,)"
     )]
     UnknownKey(String),
     /// The same key again.
@@ -128,6 +131,12 @@ pub enum NetSyntaxError {
     /// `queues=…`
     #[error("queues={0}: a network device has 1 to {MAX_PAIRS} queue pairs")]
     Queues(String),
+    /// `rate=…`
+    #[error("rate={0}: a rate is bytes a second, above 0, as 10M")]
+    Rate(String),
+    /// `iops=…`
+    #[error("iops={0}: frames a second are a number above 0")]
+    Iops(String),
     /// passt has one connection.
     #[error("queues={0}: with user there is one queue pair")]
     QueuesOfUser(u16),
@@ -172,6 +181,7 @@ impl FromStr for NetConfig {
     fn from_str(text: &str) -> Result<Self, NetSyntaxError> {
         let (mut tap, mut user, mut mac, mut mtu, mut queues) = (None, None, None, None, None);
         let (mut tcp, mut udp) = (None, None);
+        let (mut bytes, mut iops) = (None, None);
         for item in items(text) {
             match item.split_once('=') {
                 Some(("tap", value)) => once(&mut tap, "tap", name(value)?)?,
@@ -190,6 +200,14 @@ impl FromStr for NetConfig {
                     let number = value.parse().ok().filter(|n| (1..=MAX_PAIRS).contains(n));
                     let number = number.ok_or_else(|| NetSyntaxError::Queues(value.into()))?;
                     once(&mut queues, "queues", number)?;
+                }
+                Some(("rate", value)) => {
+                    let number = rate(value).ok_or_else(|| NetSyntaxError::Rate(value.into()))?;
+                    once(&mut bytes, "rate", number)?;
+                }
+                Some(("iops", value)) => {
+                    let number = operations(value).ok_or_else(|| NetSyntaxError::Iops(value.into()))?;
+                    once(&mut iops, "iops", number)?;
                 }
                 Some(("tcp", value)) => once(&mut tcp, "tcp", ports("tcp", value)?)?,
                 Some(("udp", value)) => once(&mut udp, "udp", ports("udp", value)?)?,
@@ -215,6 +233,10 @@ impl FromStr for NetConfig {
             mac,
             mtu,
             queues,
+            allowance: Allowance {
+                bytes,
+                operations: iops,
+            },
         })
     }
 }
@@ -225,7 +247,7 @@ mod tests {
 
     #[test]
     fn what_is_said_is_what_is_meant() {
-        let net: NetConfig = "tap=tap0,mac=02:00:00:00:00:0a,mtu=9000,queues=4"
+        let net: NetConfig = "tap=tap0,mac=02:00:00:00:00:0a,mtu=9000,queues=4,rate=1M,iops=1000"
             .parse()
             .unwrap();
         let expected = NetConfig {
@@ -233,6 +255,10 @@ mod tests {
             mac: Some(Mac([2, 0, 0, 0, 0, 10])),
             mtu: Some(9000),
             queues: 4,
+            allowance: Allowance {
+                bytes: Some(1 << 20),
+                operations: Some(1000),
+            },
         };
         assert_eq!(net, expected);
         let net: NetConfig = "user,tcp=2222:22,,8000-8009".parse().unwrap();
@@ -273,6 +299,9 @@ mod tests {
             ("user,udp=", "udp="),
             ("user,tcp=all", "tcp=all"),
             ("tap=a,rate", "no key 'rate'"),
+            ("tap=a,rate=0", "rate=0: "),
+            ("tap=a,iops=-1", "iops=-1: "),
+            ("tap=a,iops=1,iops=2", "'iops' is given twice"),
         ] {
             let error = text.parse::<NetConfig>().unwrap_err().to_string();
             assert!(error.contains(named), "{text}: {error}");

@@ -39,6 +39,7 @@ use self::passt::PasstError;
 use self::receive::Receive;
 use self::tap::{Tap, TapError, TapQueue};
 use self::transmit::Transmit;
+use super::limit::{Limited, Limits};
 use super::queue::Handler;
 use super::registers::{Identity, Published};
 use slog::Logger;
@@ -69,6 +70,9 @@ pub enum NetError {
     /// passt.
     #[error(transparent)]
     Passt(#[from] PasstError),
+    /// A limit's timer.
+    #[error("--net: the host gives no timer for its rate")]
+    Timer(#[source] std::io::Error),
 }
 
 impl NetError {
@@ -76,7 +80,7 @@ impl NetError {
     pub fn is_bad_input(&self) -> bool {
         match self {
             NetError::Tap(error) => error.is_bad_input(),
-            NetError::Passt(_) => false,
+            NetError::Passt(_) | NetError::Timer(_) => false,
         }
     }
 }
@@ -156,15 +160,22 @@ pub fn open(name: &'static str, config: &NetConfig, log: &Logger) -> Result<Open
     let mac = config.mac.unwrap_or_else(Mac::random);
     slog::debug!(log, "{name} has the address {mac}");
     let link = Link::new(name, what, published.clone(), log.clone());
+    // Each direction has its own.
+    let limits = [(); 2].map(|()| Limits::new(config.allowance));
     let mut handlers: Vec<Box<dyn Handler>> = Vec::with_capacity(2 * pairs.len() + 1);
     for (number, (source, sink)) in pairs.into_iter().enumerate() {
         let receive = Receive::new(source, link.end(number == 0));
         // A driver that takes the control queue and not MQ finds it behind the first pair. [VIRTIO 1.2 §5.1.2]
-        handlers.push(match number {
-            1 => Box::new(SecondOrControl::new(receive)),
-            _ => Box::new(receive),
-        });
-        handlers.push(Box::new(Transmit::new(sink, link.end(false))));
+        let overhead = HEADER_BYTES as u64;
+        let receive = match number {
+            1 => Limited::around(SecondOrControl::new(receive), &limits[0], overhead),
+            _ => Limited::around(receive, &limits[0], overhead),
+        };
+        let transmit = Limited::around(Transmit::new(sink, link.end(false)), &limits[1], overhead);
+        handlers.extend([
+            receive.map_err(NetError::Timer)?,
+            transmit.map_err(NetError::Timer)?,
+        ]);
     }
     handlers.extend(control.map(|control| Box::new(control) as Box<dyn Handler>));
     Ok(OpenedNet {
