@@ -421,6 +421,22 @@ impl<A: Actor> Port<A> {
         self.tell_in_company(rank, message(), is_post)
     }
 
+    /// The part of [`Port::tell`] for an actor that is idle: `false` if it may not be, and nothing was done.
+    ///
+    /// # Errors
+    /// As [`Port::ask`].
+    ///
+    /// # Panics
+    /// As [`Port::ask`].
+    #[inline]
+    pub fn tell_idle(&mut self, message: impl FnOnce() -> A::Message) -> Result<bool, Closed> {
+        let rank = rank::assert_may_wait_for(A::RANK, &self.core.name);
+        if self.take_alone() {
+            return self.turn(rank.enter(), message(), |_| true);
+        }
+        Ok(false)
+    }
+
     #[inline(never)]
     fn tell_in_company(
         &mut self,

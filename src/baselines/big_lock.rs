@@ -52,6 +52,7 @@ pub struct Held<'a, M: Mutex<Machine> + 'a> {
 
 impl<M: Mutex<Machine>> Bus for BigLockBus<M> {
     type Held<'a> = Held<'a, M>;
+    const WAITS: bool = true;
 
     #[inline]
     fn exited(&mut self) -> Held<'_, M> {

@@ -108,6 +108,18 @@ pub enum MachineRequest {
     GuestPanic,
 }
 
+/// No deadline: 584 years after the machine's start.
+pub const NEVER: Nanos = Nanos(u64::MAX);
+
+/// What a device's state says to the outside. Fits into two registers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Outputs {
+    /// [`Device::deadline`], or [`NEVER`].
+    pub due: Nanos,
+    /// [`Device::interrupt`].
+    pub level: bool,
+}
+
 /// The world, as a device may see it during one call.
 ///
 /// The shell implements it for real; tests implement it with a few vectors.
@@ -263,6 +275,14 @@ pub trait Device: Send {
     /// When this device next wants [`Device::tick`], computed from the state alone.
     fn deadline(&self) -> Option<Nanos> {
         None
+    }
+
+    /// Both, by one call: the shell looks after every message. Nobody implements it otherwise.
+    fn outputs(&self) -> Outputs {
+        Outputs {
+            due: self.deadline().unwrap_or(NEVER),
+            level: self.interrupt(),
+        }
     }
 
     /// Time has passed: called at or after [`Device::deadline`], never before.

@@ -3,7 +3,7 @@
 //! After every message the shell compares the device's interrupt level and deadline with what it last told the
 //! outside, and tells the difference. Devices never fire lines or set timers themselves.
 
-use super::{Access, BackendEvent, BackendNews, Context, Device, MachineRequest, Nanos};
+use super::{Access, BackendEvent, BackendNews, Context, Device, MachineRequest, NEVER, Nanos, Outputs};
 use crate::actors::{Actor, Lifecycle, Rank};
 use crate::clock::Clock;
 use crate::host::character::CharacterEnd;
@@ -99,8 +99,9 @@ impl Context for Surroundings {
 pub struct Shell {
     device: Box<dyn Device>,
     outside: Surroundings,
+    /// What the outside was last told.
     level: bool,
-    deadline: Option<Nanos>,
+    due: Nanos,
     /// While the machine is paused.
     held: Option<Held>,
 }
@@ -124,7 +125,7 @@ impl Shell {
             device,
             outside,
             level: false,
-            deadline: None,
+            due: NEVER,
             held: None,
         }
     }
@@ -182,7 +183,7 @@ impl Shell {
             self.device.tick(&mut self.outside);
         }
         // The timer is spent whatever came of it, and must be told again even if the deadline is the same.
-        self.deadline = None;
+        self.due = NEVER;
     }
 
     /// From the host's side: at once, or after a pause.
@@ -223,13 +224,12 @@ impl Shell {
     /// Tells the outside what has changed.
     #[inline]
     fn reflect(&mut self) {
-        let level = self.device.interrupt();
+        let Outputs { due, level } = self.device.outputs();
         if level != self.level {
             self.drive(level);
         }
-        let deadline = self.device.deadline();
-        if deadline != self.deadline {
-            self.set_timer(deadline);
+        if due != self.due {
+            self.set_timer(due);
         }
     }
 
@@ -244,10 +244,10 @@ impl Shell {
     }
 
     #[inline(never)]
-    fn set_timer(&mut self, deadline: Option<Nanos>) {
-        self.deadline = deadline;
+    fn set_timer(&mut self, due: Nanos) {
+        self.due = due;
         if let Some(timer) = &self.outside.timer {
-            timer.set(deadline);
+            timer.set((due != NEVER).then_some(due));
         }
     }
 }

@@ -102,13 +102,22 @@ impl Activity {
         self.0.word.store(IN_GUEST << DOING, Ordering::Relaxed);
     }
 
-    /// The guest was left: an exit is to be handled.
+    /// The guest was left: an exit is to be handled. `waits`: perhaps not at once, so that it must be seen before it is
+    /// known which.
     #[inline(always)]
-    pub fn exited(&self) {
-        self.begin(OTHER_EXIT << DOING);
+    pub fn exited(&self, waits: bool) {
+        if waits {
+            self.other_exit();
+        }
         // Only this thread writes it, so a load and a store suffice.
         let exits = self.0.exits.load(Ordering::Relaxed);
         self.0.exits.store(exits.wrapping_add(1), Ordering::Relaxed);
+    }
+
+    /// It is no access.
+    #[inline(always)]
+    pub fn other_exit(&self) {
+        self.begin(OTHER_EXIT << DOING);
     }
 
     /// It is a port access.
@@ -323,7 +332,7 @@ mod tests {
         activity.at_device(7);
         assert_eq!(view.look(), Doing::AtDevice(7));
         assert_eq!(view.exits(), 0);
-        activity.exited();
+        activity.exited(true);
         assert_eq!((view.look(), view.exits()), (Doing::OtherExit, 1));
     }
 
@@ -333,7 +342,7 @@ mod tests {
         let mut watch = Watch::new(activity.view());
         let begin = watch.since;
         let at = |ms| begin + Duration::from_millis(ms);
-        activity.exited();
+        activity.exited(true);
         activity.at_device(3);
         assert_eq!(watch.look(at(100)).age, Duration::ZERO);
         let later = watch.look(at(250));
@@ -342,7 +351,7 @@ mod tests {
             (Doing::AtDevice(3), Duration::from_millis(150))
         );
         // The same again is another one.
-        activity.exited();
+        activity.exited(true);
         activity.at_device(3);
         assert_eq!(watch.look(at(300)).age, Duration::ZERO);
         assert_eq!(watch.look(at(301)).exits, 2);

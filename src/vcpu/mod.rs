@@ -437,7 +437,7 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
     #[inline]
     fn handle(&mut self) -> Option<State> {
         // What a discipline holds is held here, from before the exit is looked at until it is served, and no longer.
-        self.activity.exited();
+        self.activity.exited(D::WAITS);
         let served = serve(&mut self.backend, self.bus.exited(), &self.activity);
         match served {
             Served::GoOn => None,
@@ -513,7 +513,7 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
 pub fn step<B: Backend, D: Bus>(backend: &mut B, bus: &mut D, activity: &Activity) -> Result<bool, RunError> {
     activity.in_guest();
     backend.run()?;
-    activity.exited();
+    activity.exited(D::WAITS);
     Ok(matches!(serve(backend, bus.exited(), activity), Served::GoOn))
 }
 
@@ -537,7 +537,10 @@ fn serve<B: Backend>(backend: &mut B, mut devices: impl Accesses, activity: &Act
             activity.memory(&mmio);
             serve_mmio(backend, &mut devices, mmio)
         }
-        None => serve_rare(backend.exit()),
+        None => {
+            activity.other_exit();
+            serve_rare(backend.exit())
+        }
     }
 }
 

@@ -234,6 +234,9 @@ pub trait Bus: Send + 'static {
     where
         Self: 'a;
 
+    /// Whether [`Bus::exited`] may wait.
+    const WAITS: bool = false;
+
     /// The guest was left; its exit is about to be looked at.
     fn exited(&mut self) -> Self::Held<'_>;
 
@@ -265,18 +268,37 @@ impl Reach for Vec<Port<Shell>> {
         self[device].ask_with(|| DeviceMessage::Read(access)).ok()
     }
 
-    #[inline(never)]
+    #[inline(always)]
     fn write(&mut self, device: usize, access: Access, value: u64, classify: Classify) -> bool {
-        let is_post = || classify(access, Direction::Write) == AccessClass::Post;
-        let sent = self[device].tell(|| DeviceMessage::Write(access, value), is_post);
-        // A dead device takes nothing.
-        sent.unwrap_or(false)
+        // What only a busy device needs to know is not handed to an idle one.
+        !write_idle(self, device, access, value) && write_busy(self, device, access, value, classify)
     }
 
     #[inline]
     fn fence(&mut self, device: usize) {
         let _ = self[device].fence();
     }
+}
+
+/// A write to a device that is idle; `false` if it may not be. A dead device takes nothing.
+#[inline(never)]
+fn write_idle(ports: &mut [Port<Shell>], device: usize, access: Access, value: u64) -> bool {
+    let told = ports[device].tell_idle(|| DeviceMessage::Write(access, value));
+    told.unwrap_or(true)
+}
+
+/// The others. Whether it may not be complete.
+#[inline(never)]
+fn write_busy(
+    ports: &mut [Port<Shell>],
+    device: usize,
+    access: Access,
+    value: u64,
+    classify: Classify,
+) -> bool {
+    let is_post = || classify(access, Direction::Write) == AccessClass::Post;
+    let told = ports[device].tell(|| DeviceMessage::Write(access, value), is_post);
+    told.unwrap_or(false)
 }
 
 /// Ranges of both spaces and who answers for them.
