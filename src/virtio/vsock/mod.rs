@@ -11,7 +11,7 @@
 //! | what `--vsock` says | `config.rs` |
 //! | the header of a packet | `packet.rs` |
 //! | one connection: credit, half-closes | `connection.rs` (pure) |
-//! | all connections, and the host's sockets | `switchboard.rs` |
+//! | all connections, and the host's sockets | `switchboard.rs`, `sockets.rs` |
 //! | what a client of the host says first | `handshake.rs` (pure) |
 //! | the queues | `queues.rs` |
 //!
@@ -25,6 +25,7 @@ pub mod connection;
 pub mod handshake;
 pub mod packet;
 pub mod queues;
+mod sockets;
 pub mod switchboard;
 #[cfg(test)]
 pub(crate) mod tests;

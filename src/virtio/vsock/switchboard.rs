@@ -15,20 +15,18 @@
 use super::connection::{Connection, Ports, Stage};
 use super::handshake::{self, Said};
 use super::packet::{HEADER_BYTES, HOST_CID, Header, NEITHER, NO_RECEIVE, NO_SEND, STREAM, op};
+use super::sockets::{Role, Slot, reach, watch, write, write_all};
 use crate::host::socket::OwnedSocket;
 use crate::virtio::complaints::Complaints;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, sendmsg, socket,
-};
+use nix::sys::socket::{MsgFlags, recv};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, IoSlice};
 use std::net::Shutdown;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -53,48 +51,6 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 const LISTENER: u64 = u64::MAX;
 const TIMER: u64 = u64::MAX - 1;
 const ARRIVED: u64 = u64::MAX - 2;
-
-/// What a slot is for.
-enum Role {
-    /// A client that has not said yet what it wants.
-    Silent,
-    /// A connection. `until`: how long its socket is still tried.
-    Line {
-        connection: Connection,
-        until: Option<Instant>,
-    },
-    /// The guest is done with it and knows; the host's socket is to get the rest.
-    Leaving(VecDeque<u8>),
-}
-
-/// A descriptor of the host, and what it is good for.
-struct Slot {
-    /// `None`: it is not connected yet, or gone.
-    socket: Option<UnixStream>,
-    readable: bool,
-    writable: bool,
-    /// Both directions have ended on the host's side.
-    hung_up: bool,
-    /// The host has been told that nothing more comes. Once: each time is an event of the same socket.
-    finished: bool,
-    /// It is in `ready`.
-    queued: bool,
-    role: Role,
-}
-
-impl Slot {
-    fn new(socket: Option<UnixStream>, role: Role) -> Slot {
-        Slot {
-            socket,
-            readable: false,
-            writable: false,
-            hung_up: false,
-            finished: false,
-            queued: false,
-            role,
-        }
-    }
-}
 
 /// See above.
 pub struct Switchboard {
@@ -657,39 +613,4 @@ impl Switchboard {
 fn put(buffer: &mut [u8], header: &Header) -> usize {
     buffer[..HEADER_BYTES].copy_from_slice(&header.to_bytes());
     HEADER_BYTES
-}
-
-/// Has the epoll descriptor tell of a socket.
-fn watch(epoll: &Epoll, socket: &UnixStream, place: usize) -> Result<(), Errno> {
-    let all = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
-    epoll.add(socket, EpollEvent::new(all, place as u64))
-}
-
-/// Connects to a socket of the host, at once or not at all.
-fn reach(path: &std::ffi::OsStr) -> Result<UnixStream, Errno> {
-    let address = UnixAddr::new(path)?;
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let socket: OwnedFd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-    connect(socket.as_raw_fd(), &address)?;
-    Ok(socket.into())
-}
-
-/// Writes as much as there is room for, without a signal when nobody is there.
-fn write(socket: &UnixStream, parts: &[IoSlice<'_>]) -> Result<usize, Errno> {
-    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
-    loop {
-        match sendmsg::<()>(socket.as_raw_fd(), parts, &[], flags, None) {
-            Err(Errno::EINTR) => {}
-            result => return result,
-        }
-    }
-}
-
-/// Writes what there is room for of a backlog, until all is written or there is none.
-fn write_all(socket: &UnixStream, rest: &mut VecDeque<u8>) -> Result<(), Errno> {
-    while !rest.is_empty() {
-        let bytes = write(socket, &[IoSlice::new(rest.as_slices().0)])?;
-        rest.drain(..bytes);
-    }
-    Ok(())
 }
