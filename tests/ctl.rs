@@ -422,6 +422,21 @@ fn clients_that_are_broken_slow_or_silent_harm_nobody() {
     assert_eq!(half.hear()["ok"]["state"], "running");
     assert_eq!(half.hear(), Value::Null);
     assert_eq!(machine.state(), "running");
+    // So does one that has sent more than is served at once (8 requests), or whose answers are more than are kept for it
+    // (64 KiB), and it need not end its last line.
+    for (verbs, times) in [(["pause", "resume"], 20), (["actors", "why"], 500)] {
+        let lines = (0..times).flat_map(|_| verbs).enumerate();
+        let lines = lines.map(|(id, verb)| format!("{{\"verb\": \"{verb}\", \"id\": {id}}}"));
+        let mut half = Client::new(&socket);
+        half.say(lines.collect::<Vec<_>>().join("\n").as_bytes());
+        half.0.get_ref().shutdown(std::net::Shutdown::Write).unwrap();
+        // A pause that a resume overtakes is answered too: by that.
+        let mut ids: Vec<_> = (0..2 * times).map(|_| half.hear()["id"].as_u64()).collect();
+        ids.sort_unstable();
+        assert_eq!(ids, (0..2 * times).map(Some).collect::<Vec<_>>(), "{verbs:?}");
+        assert_eq!(half.hear(), Value::Null);
+    }
+    assert_eq!(machine.state(), "running");
     machine.signal(Signal::SIGTERM);
     assert_eq!(machine.end(), Some(143));
     assert!(!socket.exists());

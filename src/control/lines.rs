@@ -14,6 +14,8 @@ pub struct Lines {
     input: Vec<u8>,
     output: Vec<u8>,
     in_flight: usize,
+    /// Nothing more comes: what came is answered, then it is over.
+    ended: bool,
     /// No more requests are taken.
     closing: bool,
 }
@@ -32,7 +34,7 @@ pub enum Next {
 impl Lines {
     /// Whether to read from the client: not while it does not read, or has enough under way.
     pub fn wants_input(&self) -> bool {
-        !self.closing && self.may_take()
+        !self.ended && !self.closing && self.may_take()
     }
 
     fn may_take(&self) -> bool {
@@ -61,6 +63,11 @@ impl Lines {
                 self.in_flight += 1;
                 Next::Line(line)
             }
+            // What was typed last need not have an end of its own.
+            None if self.ended && (1..=LINE_BYTES).contains(&self.input.len()) => {
+                self.in_flight += 1;
+                Next::Line(std::mem::take(&mut self.input))
+            }
             None if self.input.len() <= LINE_BYTES => Next::Nothing,
             _ => {
                 self.input = Vec::new();
@@ -81,6 +88,11 @@ impl Lines {
         self.output.push(b'\n');
     }
 
+    /// The client sends nothing more. What it has sent is taken and answered all the same.
+    pub fn end(&mut self) {
+        self.ended = true;
+    }
+
     /// Takes no more requests; ends when what was said is read.
     pub fn close(&mut self) {
         self.closing = true;
@@ -99,7 +111,8 @@ impl Lines {
 
     /// Nothing will come of this client any more.
     pub fn is_over(&self) -> bool {
-        self.closing && self.output.is_empty() && self.in_flight == 0
+        let nothing_left = self.closing || (self.ended && self.input.is_empty());
+        nothing_left && self.output.is_empty() && self.in_flight == 0
     }
 
     /// Nothing is under way for it.
@@ -169,5 +182,36 @@ mod tests {
         assert!(!lines.is_over());
         lines.written(2);
         assert!(lines.is_over());
+    }
+
+    #[test]
+    fn who_has_sent_all_is_answered_all() {
+        let mut lines = Lines::default();
+        lines.push(&b"x\n".repeat(IN_FLIGHT + 2));
+        lines.push(b"last, without an end");
+        lines.end();
+        for _ in 0..IN_FLIGHT {
+            assert!(matches!(lines.take(), Next::Line(_)));
+        }
+        assert_eq!((lines.take(), lines.wants_input()), (Next::Nothing, false));
+        for _ in 0..2 {
+            lines.answer("y");
+            assert_eq!(lines.take(), Next::Line(b"x".to_vec()));
+        }
+        assert_eq!(lines.take(), Next::Nothing);
+        lines.answer("y");
+        assert_eq!(lines.take(), Next::Line(b"last, without an end".to_vec()));
+        for _ in 0..IN_FLIGHT {
+            assert!(!lines.is_over());
+            lines.answer("y");
+        }
+        assert_eq!((lines.take(), lines.is_over()), (Next::Nothing, false));
+        lines.written(lines.output().len());
+        assert!(lines.is_over());
+        // Of a line that is too long the end is not waited for either.
+        let mut lines = Lines::default();
+        lines.push(&[b'x'; LINE_BYTES + 1]);
+        lines.end();
+        assert_eq!(lines.take(), Next::TooLong);
     }
 }

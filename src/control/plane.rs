@@ -205,6 +205,10 @@ impl Running {
             if !client.lines.output().is_empty() {
                 flags |= PollFlags::POLLOUT;
             }
+            // One that is only waited for is not looked at: if it has hung up, poll would say so again and again.
+            if flags.is_empty() {
+                continue;
+            }
             polled.push(PollFd::new(client.stream.as_fd(), flags));
         }
         let until = until.unwrap_or(self.glanced + self.glance_every());
@@ -305,6 +309,20 @@ impl Running {
         let ending = self.plane.socket.is_none();
         self.clients[index].read(ending);
         loop {
+            self.answer_all(index);
+            // What came first and found no room for its answers has it when these are written; nothing else will wake us for it.
+            let client = &mut self.clients[index];
+            let unread = client.lines.output().len();
+            client.write();
+            if client.broken || unread == 0 || !client.lines.output().is_empty() {
+                return;
+            }
+        }
+    }
+
+    /// Takes requests of a client for as long as there are any, and room for the answers.
+    fn answer_all(&mut self, index: usize) {
+        loop {
             let (number, next) = {
                 let client = &mut self.clients[index];
                 (client.number, client.lines.take())
@@ -327,7 +345,6 @@ impl Running {
                 }
             }
         }
-        self.clients[index].write();
     }
 
     /// Does what a line says. `None`: the answer comes later.
@@ -366,7 +383,7 @@ impl Client {
             }
             match self.stream.read(&mut bytes) {
                 // It may have shut down one way only, and still wants its answers.
-                Ok(0) => return self.lines.close(),
+                Ok(0) => return self.lines.end(),
                 Ok(length) => self.lines.push(&bytes[..length]),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
