@@ -1,6 +1,9 @@
 //! What the machine actor does with a machine that runs: pause, resume, reset in place, stop. Scripted vCPUs, all other
 //! parts real.
 
+#[path = "control/holds.rs"]
+mod holds;
+
 use actor_vmm::actors::PlacementKind;
 use actor_vmm::boot::EntryPoint;
 use actor_vmm::control::client::Connection;

@@ -168,6 +168,8 @@ struct Gdb {
     child: Child,
     input: ChildStdin,
     output: Output,
+    /// Where gdb prints what the program tells its user.
+    errors: Output,
 }
 
 impl Gdb {
@@ -185,14 +187,16 @@ impl Gdb {
             ])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .stderr(Stdio::null())
+            .stderr(Stdio::piped())
             .env("DEBUGINFOD_URLS", "")
             .spawn()
             .unwrap();
         let output = Output::of(child.stdout.take().unwrap());
+        let errors = Output::of(child.stderr.take().unwrap());
         Gdb {
             input: child.stdin.take().unwrap(),
             output,
+            errors,
             child,
         }
     }
@@ -533,6 +537,93 @@ fn a_gdb_that_vanishes_leaves_the_guest_running_and_whole() {
         }
         gdb.ask("detach");
     }
+}
+
+/// What `ctl` asks for, and what the machine's state is then.
+#[track_caller]
+fn ctl(control: &Path, verb: &str) -> String {
+    let said = Command::new(PROGRAM)
+        .arg("ctl")
+        .arg(control)
+        .arg(verb)
+        .output()
+        .unwrap();
+    assert!(said.status.success(), "{verb}: {said:?}");
+    String::from_utf8(said.stdout).unwrap()
+}
+
+#[test]
+fn a_machine_that_ctl_has_paused_stays_so_whatever_becomes_of_gdb() {
+    let place = Place::new();
+    let control = place.0.join("ctl");
+    let words = format!("--guest debug --control {}", control.display());
+    let Some(mut machine) = Machine::start(&words) else {
+        return;
+    };
+    let counted = |machine: &Machine| machine.gdb().word(COUNTER);
+    machine.log.until("-> running");
+    for gdb_comes_first in [true, false] {
+        for gdb_goes_first in [true, false] {
+            let way = format!("gdb comes first: {gdb_comes_first}, goes first: {gdb_goes_first}");
+            let mut gdb = None;
+            if gdb_comes_first {
+                gdb = Some(machine.gdb());
+            }
+            assert_eq!(ctl(&control, "pause"), "state: paused\n", "{way}");
+            let mut gdb = gdb.unwrap_or_else(|| machine.gdb());
+            let count = gdb.word(COUNTER);
+            assert!(ctl(&control, "status").contains("held_by: control, gdb\n"));
+            if gdb_goes_first {
+                machine.log.skip();
+                if gdb_comes_first {
+                    gdb.ask("detach");
+                } else {
+                    gdb.child.kill().unwrap();
+                }
+                machine.log.until("stays paused without gdb");
+                let status = ctl(&control, "status");
+                assert!(
+                    status.contains("held_by: control\n") && status.contains("state: paused"),
+                    "{way}: {status}"
+                );
+                assert_eq!(counted(&machine), count, "{way}");
+                machine.log.until("stays paused without gdb");
+                assert_eq!(ctl(&control, "resume"), "state: running\n", "{way}");
+            } else {
+                assert_eq!(ctl(&control, "resume"), "state: paused\n", "{way}");
+                assert_eq!(gdb.word(COUNTER), count, "{way}");
+                gdb.ask("detach");
+                let begin = Instant::now();
+                while !ctl(&control, "status").contains("state: running") {
+                    assert!(begin.elapsed() < HANG, "{way}");
+                }
+            }
+            let mut now = count;
+            while now == count {
+                now = counted(&machine);
+            }
+        }
+    }
+    // Only gdb has it: nobody else lets it go on. gdb's `continue` of a machine that is paused waits for who paused it.
+    let mut gdb = machine.gdb();
+    let refused = Command::new(PROGRAM)
+        .arg("ctl")
+        .arg(&control)
+        .arg("resume")
+        .output()
+        .unwrap();
+    assert_eq!(refused.status.code(), Some(4));
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(said.contains("gdb has stopped the machine"), "{said}");
+    ctl(&control, "pause");
+    gdb.tell("continue");
+    gdb.errors.until("paused by its controller too");
+    machine.log.skip();
+    ctl(&control, "resume");
+    machine.log.until("-> running");
+    kill(Pid::from_raw(gdb.child.id() as i32), Signal::SIGINT).unwrap();
+    gdb.output.until("SIGINT");
+    end(gdb, machine);
 }
 
 #[test]

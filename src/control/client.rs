@@ -188,9 +188,13 @@ impl<R: BufRead> Iterator for Script<R> {
 
 /// An answer for a person.
 pub fn in_words(verb: Verb, body: &Value) -> String {
-    let text = |value: &Value| match value {
+    let word = |value: &Value| match value {
         Value::String(text) => text.clone(),
         other => other.to_string(),
+    };
+    let text = |value: &Value| match value {
+        Value::Array(words) => words.iter().map(word).collect::<Vec<_>>().join(", "),
+        other => word(other),
     };
     match (verb, body) {
         (Verb::Why, Value::Object(fields)) => {
@@ -216,7 +220,10 @@ pub fn in_words(verb: Verb, body: &Value) -> String {
         }
         (_, Value::Object(fields)) => {
             let row = |(key, value): (&String, &Value)| format!("{key}: {}", text(value));
-            fields.iter().map(row).collect::<Vec<_>>().join("\n")
+            let said = fields
+                .iter()
+                .filter(|(_, value)| value.as_array().is_none_or(|words| !words.is_empty()));
+            said.map(row).collect::<Vec<_>>().join("\n")
         }
         _ => text(body),
     }
@@ -230,8 +237,11 @@ mod tests {
     #[test]
     fn answers_read_well() {
         assert_eq!(
-            in_words(Verb::Status, &json!({"state": "paused", "vcpus": 2})),
-            "state: paused\nvcpus: 2"
+            in_words(
+                Verb::Status,
+                &json!({"held_by": ["control", "gdb"], "state": "paused", "vcpus": 2, "waits": []})
+            ),
+            "held_by: control, gdb\nstate: paused\nvcpus: 2"
         );
         assert_eq!(in_words(Verb::Why, &json!({"lines": ["a", "b"]})), "a\nb");
         assert_eq!(

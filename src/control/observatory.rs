@@ -5,6 +5,7 @@ use crate::actors::{Address, Lifecycle};
 use crate::clock::Clock;
 use crate::devices::shell::Shell;
 use crate::machine::dispatch::Dispatch;
+use crate::machine::holds::Holds;
 use crate::machine::state::State;
 use crate::vcpu::activity::{Doing, Watch};
 use crate::vcpu::route::{Hit, RouteMap};
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 /// What the machine actor publishes.
 pub struct Published {
     state: AtomicU8,
+    holds: AtomicU8,
     /// Of each vCPU, then of each device: which lifecycle message it has not answered.
     unanswered: Box<[AtomicU8]>,
     resets: AtomicU64,
@@ -26,6 +28,7 @@ impl Published {
     pub fn new(vcpus: usize, devices: usize) -> Published {
         Published {
             state: AtomicU8::new(State::Created as u8),
+            holds: AtomicU8::new(Holds::default().number()),
             unanswered: (0..vcpus + devices).map(|_| AtomicU8::new(0)).collect(),
             resets: AtomicU64::new(0),
         }
@@ -41,6 +44,16 @@ impl Published {
     /// The machine's state.
     pub fn state(&self) -> State {
         State::from_number(self.state.load(Ordering::Relaxed)).unwrap_or(State::Created)
+    }
+
+    /// For the machine actor.
+    pub fn set_holds(&self, holds: Holds) {
+        self.holds.store(holds.number(), Ordering::Relaxed);
+    }
+
+    /// Who wants the machine to stand still.
+    pub fn holds(&self) -> Holds {
+        Holds::from_number(self.holds.load(Ordering::Relaxed))
     }
 
     /// For the machine actor: the machine was reset in place once more.

@@ -12,6 +12,7 @@
 
 use super::observatory::Observatory;
 use crate::actors::PlacementKind;
+use crate::machine::holds::Holder;
 use crate::machine::request::{Answer, Command};
 use crate::vcpu::kick::KickHandle;
 use crate::virtio::balloon::state::Giver;
@@ -296,6 +297,11 @@ fn look_at(verb: Verb, from: &mut Observatory, kicks: &[KickHandle]) -> Value {
         // What acts is answered elsewhere.
         _ => json!({
             "state": from.published.state().to_string(),
+            "held_by": Holder::ALL
+                .into_iter()
+                .filter(|who| from.published.holds().has(*who))
+                .map(Holder::name)
+                .collect::<Vec<_>>(),
             "vcpus": from.vcpus.len(),
             "dispatch": from.dispatch.to_string(),
             "resets": from.published.resets(),

@@ -26,8 +26,8 @@ const AGAIN: Duration = Duration::from_millis(20);
 /// What the gdb server is told.
 #[derive(Debug)]
 pub enum News {
-    /// The machine actor's answer.
-    Answer(Answer),
+    /// The machine actor's answer to the request of that number.
+    Answer(u64, Answer),
     /// A vCPU has stopped by itself.
     Stopped(usize, DebugStop),
     /// The machine has ended, with this exit status.
@@ -50,8 +50,8 @@ impl NewsAddress {
     }
 }
 
-/// News for the server of a machine with so many vCPUs: each has one stop on its way at most, the machine actor one
-/// answer and its end.
+/// News for the server of a machine with so many vCPUs: each has one stop on its way at most, the machine actor its end, one
+/// answer, and late ones to requests that were given up.
 ///
 /// # Errors
 /// When the host gives no eventfd.
@@ -76,6 +76,8 @@ pub struct Remote {
     news: Receiver<News>,
     stops: VecDeque<(usize, DebugStop)>,
     ended: Option<u8>,
+    /// Number of the last request.
+    asked: u64,
 }
 
 impl Remote {
@@ -95,6 +97,7 @@ impl Remote {
             news,
             stops: VecDeque::new(),
             ended: None,
+            asked: 0,
         }
     }
 
@@ -113,7 +116,9 @@ impl Remote {
 
     fn take(&mut self, news: News) -> Option<Answer> {
         match news {
-            News::Answer(answer) => return Some(answer),
+            News::Answer(number, answer) if number == self.asked => return Some(answer),
+            // Nobody waits for that any more.
+            News::Answer(..) => {}
             // The last one counts: an earlier one was before it went on.
             News::Stopped(vcpu, stop) => {
                 self.stops.retain(|(other, _)| *other != vcpu);
@@ -126,10 +131,16 @@ impl Remote {
 
     /// Asks the machine actor, and waits.
     fn ask(&mut self, command: Command) -> Answer {
-        let deadline = Instant::now() + MACHINE_LIMIT;
+        self.ask_within(command, MACHINE_LIMIT)
+    }
+
+    fn ask_within(&mut self, command: Command, limit: Duration) -> Answer {
+        let deadline = Instant::now() + limit;
         loop {
             let address = self.address.clone();
-            let reply = Reply::new(move |answer| address.tell(News::Answer(answer)));
+            self.asked += 1;
+            let number = self.asked;
+            let reply = Reply::new(move |answer| address.tell(News::Answer(number, answer)));
             self.machine.request(command, reply);
             let answer = loop {
                 if self.ended.is_some() {
@@ -199,26 +210,66 @@ impl Debuggee for Remote {
     }
 
     fn pause(&mut self) -> Result<Vec<String>, Ended> {
-        match self.ask(Command::Pause) {
+        match self.ask(Command::Halt) {
             Answer::Done(_) => Ok(Vec::new()),
             Answer::Refused(refused) if refused.0 == State::Paused => Ok(Vec::new()),
             Answer::Refused(refused) => Ok(vec![format!("it is {}", refused.0)]),
             Answer::Waits(_, names) => Ok(names),
             Answer::Overtaken(_) => Ok(vec!["somebody else let it go on".into()]),
-            // The last two are for other commands.
-            Answer::Failed(_) | Answer::Gone | Answer::NoSuchDevice | Answer::Unfit(_) => Err(Ended),
+            Answer::Failed(_) | Answer::Gone => Err(Ended),
+            // For other commands.
+            Answer::NoSuchDevice | Answer::Unfit(_) => Err(Ended),
         }
     }
 
-    fn resume(&mut self) -> Result<(), Ended> {
-        match self.ask(Command::Resume) {
+    fn resume(&mut self) -> Result<bool, Ended> {
+        match self.ask(Command::Release) {
             Answer::Failed(_) | Answer::Gone => Err(Ended),
-            _ => Ok(()),
+            Answer::Done(state) => Ok(state == State::Running),
+            _ => Ok(true),
         }
     }
 
     fn next_stop(&mut self) -> Option<(usize, DebugStop)> {
         self.look();
         self.stops.pop_front()
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use crate::machine::MachineMessage;
+    use crate::machine::request::{Inbox, Request};
+
+    #[test]
+    fn a_late_answer_is_not_the_answer_to_what_is_asked_next() {
+        let inbox = Inbox::new();
+        let (address, news, _waker) = news(1).unwrap();
+        let mut remote = Remote::new(
+            inbox.address(),
+            Vec::new(),
+            GuestMemoryMmap::default(),
+            address,
+            news,
+        );
+        // The machine actor has a processor only after the time is up.
+        assert!(matches!(
+            remote.ask_within(Command::Halt, Duration::ZERO),
+            Answer::Waits(..)
+        ));
+        let machine = std::thread::spawn(move || {
+            let request = || match inbox.mailbox.recv().unwrap() {
+                MachineMessage::Request(Request { command, reply }) => (command, reply),
+                other => panic!("{other:?}"),
+            };
+            let (first, halted) = request();
+            let (second, released) = request();
+            assert_eq!((first, second), (Command::Halt, Command::Release));
+            halted.give(Answer::Done(State::Paused));
+            released.give(Answer::Done(State::Running));
+        });
+        assert_eq!(remote.ask(Command::Release), Answer::Done(State::Running));
+        machine.join().unwrap();
     }
 }

@@ -11,7 +11,7 @@ use super::breakpoints::Abilities;
 use super::probe;
 use super::remote::{News, NewsAddress, Remote, news};
 use super::session::{Over, Session};
-use super::target::{Debugged, Debuggee as _};
+use super::target::{Debugged, Debuggee as _, Ended};
 use crate::machine::request::MachineAddress;
 use crate::machine::vm::VmError;
 use crate::vcpu::VcpuHandle;
@@ -380,10 +380,17 @@ impl Running {
                 self.debugged.machine.kill();
                 return;
             }
-            Over::Detached => info!(self.log, "gdb has detached; the machine goes on"),
-            Over::Failed(why) => warn!(self.log, "gdb is gone ({why}); the machine goes on"),
+            Over::Detached => info!(self.log, "gdb has detached"),
+            Over::Failed(why) => warn!(self.log, "gdb is gone ({why})"),
         }
-        let _ = self.debugged.release();
+        match self.debugged.release() {
+            Ok(true) => info!(self.log, "the machine goes on without gdb"),
+            Ok(false) => info!(
+                self.log,
+                "the machine stays paused without gdb: its controller has paused it"
+            ),
+            Err(Ended) => {}
+        }
     }
 
     /// Until it is over.

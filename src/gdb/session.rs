@@ -124,8 +124,14 @@ impl<'d, M: Debuggee, C: Connection<Error: Display>> Session<'d, M, C> {
                 DisconnectReason::Disconnect => Over::Detached,
                 DisconnectReason::TargetExited(_) | DisconnectReason::TargetTerminated(_) => Over::Ended,
             }),
-            stub => {
-                let running = matches!(stub, GdbStubStateMachine::Running(_));
+            mut stub => {
+                let running = match &mut stub {
+                    GdbStubStateMachine::Running(stub) => {
+                        tell(stub.borrow_conn(), &mut self.target.notices);
+                        true
+                    }
+                    _ => false,
+                };
                 self.stub = Some(stub);
                 match self.target.take_at_once() {
                     Some((vcpu, stop)) if running => self.report(vcpu, stop),

@@ -42,11 +42,11 @@ pub trait Debuggee: Physical {
     /// # Errors
     /// The machine has ended.
     fn pause(&mut self) -> Result<Vec<String>, Ended>;
-    /// Lets the machine go on.
+    /// Lets the machine go on. `false`: somebody else has paused it too, and it goes on when he lets it.
     ///
     /// # Errors
     /// The machine has ended.
-    fn resume(&mut self) -> Result<(), Ended>;
+    fn resume(&mut self) -> Result<bool, Ended>;
     /// vCPUs that have stopped by themselves and were not asked about yet.
     fn next_stop(&mut self) -> Option<(usize, DebugStop)>;
 }
@@ -134,11 +134,12 @@ impl<M: Debuggee> Debugged<M> {
         Ok(())
     }
 
-    /// Nobody debugs any more: everything is as it was, and the machine goes on.
+    /// Nobody debugs any more: everything is as it was, and the machine goes on, unless somebody else has paused it:
+    /// `false`.
     ///
     /// # Errors
     /// See [`Ended`].
-    pub fn release(&mut self) -> Result<(), Ended> {
+    pub fn release(&mut self) -> Result<bool, Ended> {
         self.halt()?;
         let machine = &self.machine;
         let patches = self.breakpoints.clear(|at, length| read(machine, at, length));
@@ -483,7 +484,11 @@ impl<M: Debuggee> MultiThreadResume for Debugged<M> {
             }
         }
         self.known.fill(None);
-        self.machine.resume()
+        if !self.machine.resume()? {
+            self.notices
+                .push("the machine was paused by its controller too, and goes on when he resumes it".into());
+        }
+        Ok(())
     }
 }
 

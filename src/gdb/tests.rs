@@ -37,6 +37,8 @@ struct Fake {
     running: bool,
     stops: VecDeque<(usize, DebugStop)>,
     stuck: Vec<String>,
+    /// Somebody else has paused it.
+    paused: bool,
     gone: bool,
 }
 
@@ -56,6 +58,7 @@ impl Fake {
             running: true,
             stops: VecDeque::new(),
             stuck: Vec::new(),
+            paused: false,
             gone: false,
         }
     }
@@ -110,9 +113,9 @@ impl Debuggee for Fake {
         Ok(self.stuck.clone())
     }
 
-    fn resume(&mut self) -> Result<(), Ended> {
-        self.running = true;
-        Ok(())
+    fn resume(&mut self) -> Result<bool, Ended> {
+        self.running = !self.paused;
+        Ok(self.running)
     }
 
     fn next_stop(&mut self) -> Option<(usize, DebugStop)> {
@@ -341,6 +344,25 @@ fn ctrl_c_stops_and_says_who_is_stuck() {
     talk.say("vCont;c");
     let told = talk.stop(0, DebugStop::Stepped);
     assert!(!told.contains(&words), "said once: {told}");
+}
+
+#[test]
+fn a_machine_that_somebody_else_has_paused_stays_so_and_gdb_is_told() {
+    let mut target = debugged(1, ALL);
+    let mut talk = Talk::new(&mut target);
+    talk.machine().paused = true;
+    let words: String = "was paused by its controller"
+        .bytes()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    let told = talk.say("vCont;c");
+    assert!(told.contains(&words), "at once: {told}");
+    talk.session.received(b"\x03").unwrap();
+    assert!(talk.heard().starts_with("$T02thread:01;"), "Ctrl-C works");
+    assert_eq!(target.release(), Ok(false));
+    assert!(!target.machine.running);
+    target.machine.paused = false;
+    assert_eq!(target.release(), Ok(true));
 }
 
 #[test]

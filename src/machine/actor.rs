@@ -8,10 +8,11 @@
 
 use super::conductor::{Conductor, Effect, Pending};
 use super::dispatch::{Control, Discipline};
+use super::holds::{Holder, Holds, Step};
 use super::outcome::Outcome;
 use super::platform::Platform;
 use super::request::{Answer, Command, Mailbox, Reply, Request};
-use super::state::{State, Transition};
+use super::state::{Refused, State, Transition};
 use super::supervisor::OnReset;
 use super::virtio::Switches;
 use super::{MachineMessage, Reloaded};
@@ -95,8 +96,10 @@ pub(super) struct Machine {
     deadline: Option<Instant>,
     /// Until when those who were told something should have answered.
     answers_by: Option<Instant>,
-    /// Who asked for what is under way; nobody if the guest did.
-    asker: Option<Reply>,
+    /// Who wants it to stand still.
+    holds: Holds,
+    /// Who asked for what is under way: nobody if the guest did, both if both want a pause.
+    askers: Vec<(Holder, Reply)>,
     on_reset: OnReset,
     guest_wants_reset: bool,
     published: Arc<Published>,
@@ -147,7 +150,8 @@ impl Machine {
             frozen_at: None,
             deadline: parts.deadline,
             answers_by: None,
-            asker: None,
+            holds: Holds::default(),
+            askers: Vec::new(),
             on_reset: parts.on_reset,
             guest_wants_reset: false,
             published: parts.published,
@@ -424,10 +428,12 @@ impl Machine {
 
     /// What somebody outside wants.
     fn serve(&mut self, Request { command, reply }: Request) -> Option<Outcome> {
-        let begun = match command {
-            Command::Pause => self.conductor.pause(),
-            Command::Reset => self.conductor.reset(),
-            Command::Resume => self.conductor.resume(),
+        let (who, begun) = match command {
+            Command::Pause => return self.hold(Holder::Controller, reply),
+            Command::Halt => return self.hold(Holder::Debugger, reply),
+            Command::Resume => return self.let_go(Holder::Controller, reply),
+            Command::Release => return self.let_go(Holder::Debugger, reply),
+            Command::Reset => (Holder::Controller, self.conductor.reset()),
             Command::Link { net, up } => {
                 reply.give(match self.switches.links.get(net) {
                     Some(link) => {
@@ -460,27 +466,85 @@ impl Machine {
                 return Some(Outcome::Stopped);
             }
         };
-        match begun {
-            Ok(()) => {
-                // Of a resume before it has come to the vCPUs, or of a pause that is taken back.
-                self.overtake();
-                self.asker = Some(reply);
+        self.begun(begun, who, reply);
+        None
+    }
+
+    /// Somebody wants the machine to stand still.
+    fn hold(&mut self, who: Holder, reply: Reply) -> Option<Outcome> {
+        let step = self.holds.pause(who, self.conductor.state());
+        self.published.set_holds(self.holds);
+        match step {
+            Step::Begin => {
+                let begun = self.conductor.pause();
+                self.begun(begun, who, reply);
             }
-            Err(refused) => reply.give(Answer::Refused(refused)),
+            // Its time may be up already.
+            Step::Join if !self.conductor.is_under_way() => {
+                reply.give(Answer::Waits(self.conductor.state(), self.whom_we_wait_for()));
+            }
+            Step::Join => self.askers.push((who, reply)),
+            step => self.at_once(step, reply),
         }
         None
     }
 
-    /// Whoever asked for what is under way does not get it.
-    fn overtake(&mut self) {
-        if let Some(asker) = self.asker.take() {
-            asker.give(Answer::Overtaken(self.conductor.state()));
+    /// Somebody does not want that any more.
+    fn let_go(&mut self, who: Holder, reply: Reply) -> Option<Outcome> {
+        let step = self.holds.resume(who, self.conductor.state());
+        self.published.set_holds(self.holds);
+        match step {
+            Step::Begin => {
+                let begun = self.conductor.resume();
+                self.begun(begun, who, reply);
+            }
+            step => {
+                // Its own pause may be under way, with the other's.
+                if let Some(own) = self.askers.iter().position(|(other, _)| *other == who)
+                    && step == Step::Stands
+                {
+                    let (_, own) = self.askers.swap_remove(own);
+                    own.give(Answer::Overtaken(self.conductor.state()));
+                }
+                self.at_once(step, reply);
+            }
+        }
+        None
+    }
+
+    /// The answer to what changes nothing.
+    fn at_once(&self, step: Step, reply: Reply) {
+        reply.give(match step {
+            Step::Refused(refused) => Answer::Refused(refused),
+            Step::NotYours(Holder::Debugger) => {
+                Answer::Unfit("gdb has stopped the machine; let it go on or detach there".into())
+            }
+            Step::NotYours(Holder::Controller) => {
+                Answer::Unfit("the machine is paused by its controller".into())
+            }
+            Step::Begin | Step::Join | Step::Stands => Answer::Done(self.conductor.state()),
+        });
+    }
+
+    fn begun(&mut self, begun: Result<(), Refused>, who: Holder, reply: Reply) {
+        match begun {
+            Ok(()) => {
+                // Of a resume before it has come to the vCPUs, or of a pause that is taken back.
+                self.overtake();
+                self.askers.push((who, reply));
+            }
+            Err(refused) => reply.give(Answer::Refused(refused)),
         }
     }
 
+    /// Whoever asked for what is under way does not get it.
+    fn overtake(&mut self) {
+        self.answer(Answer::Overtaken(self.conductor.state()));
+    }
+
     fn answer(&mut self, answer: Answer) {
-        if let Some(asker) = self.asker.take() {
-            asker.give(answer);
+        for (_, asker) in self.askers.drain(..) {
+            asker.give(answer.clone());
         }
     }
 

@@ -5,6 +5,7 @@
 //! | `supervisor.rs` | what a machine is made of, and how it is put together |
 //! | `actor.rs` | the machine actor: watches, pauses, resets and ends everything; owns the state |
 //! | `state.rs` | the machine's states, as a pure state machine |
+//! | `holds.rs` | who wants it to stand still, a controller or a debugger: pure |
 //! | `conductor.rs` | who is told what in which order for a pause, a resume, a reset: pure |
 //! | `request.rs` | what may be asked of the machine, and the answers |
 //! | `messenger.rs` | brings lifecycle messages to devices, so that the machine actor is never stuck in one |
@@ -24,6 +25,7 @@ pub mod chipset;
 pub mod conductor;
 pub mod cpuid;
 pub mod dispatch;
+pub mod holds;
 pub mod memory;
 mod messenger;
 pub mod msi;

@@ -17,6 +17,10 @@ pub enum Command {
     Pause,
     /// Go on.
     Resume,
+    /// The same for a debugger, whose reasons are its own; see [`super::holds`].
+    Halt,
+    /// The debugger has no reason any more.
+    Release,
     /// Back to power-on, in place.
     Reset,
     /// End.
@@ -103,12 +107,12 @@ const MAILBOX: usize = 2048;
 /// The machine's mailbox, made before the machine, so that somebody can hold its address.
 pub struct Inbox {
     pub(super) sender: Sender<MachineMessage>,
-    pub(super) mailbox: Mailbox,
+    pub(crate) mailbox: Mailbox,
 }
 
 /// The machine's end of its mailbox. What is in it when it is dropped is dropped too, requests with their replies: a
 /// channel would keep them for as long as anybody has the address, and whoever waits for an answer has it.
-pub(super) struct Mailbox {
+pub(crate) struct Mailbox {
     messages: Receiver<MachineMessage>,
     closed: Arc<AtomicBool>,
 }
