@@ -29,6 +29,16 @@ pub(crate) enum Planted {
     ForgottenDevice,
     /// What a device answered is taken for the answer to the next question, too.
     HeardTwice,
+    /// The boot processor is not told what time it is.
+    NoTakeTime,
+    /// It is told twice.
+    TakeTimeTwice,
+    /// It is told, and the message is lost.
+    TakeTimeLost,
+    /// A late pause stops guest time though the boot processor does not stand.
+    FrozenEarly,
+    /// A stage for which nobody has to be told anything has no limit.
+    NoDeadline,
 }
 
 #[cfg(not(all(test, not(loom))))]

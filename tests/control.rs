@@ -1,185 +1,33 @@
 //! What the machine actor does with a machine that runs: pause, resume, reset in place, stop. Scripted vCPUs, all other
 //! parts real.
 
+#[path = "control/common.rs"]
+mod common;
 #[path = "control/holds.rs"]
 mod holds;
+#[path = "control/stuck.rs"]
+mod stuck;
 
 use actor_vmm::actors::PlacementKind;
 use actor_vmm::boot::EntryPoint;
-use actor_vmm::control::client::Connection;
-use actor_vmm::control::verbs::{self, Verb};
 use actor_vmm::devices::Width;
-use actor_vmm::devices::tarpit::{Mire, RELEASED};
 use actor_vmm::host::bus::MemoryWatch;
 use actor_vmm::host::console::ConsoleKind;
 use actor_vmm::machine::dispatch::Dispatch;
-use actor_vmm::machine::memory::{Backing, MIN_BYTES, MemoryConfig};
+use actor_vmm::machine::memory::MIN_BYTES;
 use actor_vmm::machine::outcome::Outcome;
-use actor_vmm::machine::platform::{NoPlatform, Platform};
-use actor_vmm::machine::request::{Answer, Command, Inbox, MachineAddress};
+use actor_vmm::machine::platform::Platform;
+use actor_vmm::machine::request::{Answer, Command, Inbox};
 use actor_vmm::machine::state::{Refused, State, Transition};
-use actor_vmm::machine::supervisor::{self, Guest, MachineConfig, OnReset, StartError, Unwired};
+use actor_vmm::machine::supervisor::{self, MachineConfig, OnReset, StartError, Unwired};
 use actor_vmm::vcpu::scripted::{ScriptedBackend, Source, Step};
-use crossbeam_channel::{Receiver, Sender, bounded};
+use common::{Load, Machine, Temporary, config, wait_until};
 use slog::{Discard, Logger, o};
 use std::fs::File;
-use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
-
-/// Hang protection.
-const LIMIT: Duration = Duration::from_secs(300);
-
-/// One machine at a time: each has vCPUs that never rest, and together they would leave nobody a processor.
-struct Turn(&'static Receiver<()>);
-
-impl Turn {
-    fn wait() -> Turn {
-        static TAKEN: OnceLock<(Sender<()>, Receiver<()>)> = OnceLock::new();
-        let (take, give_back) = TAKEN.get_or_init(|| bounded(1));
-        take.send(()).unwrap();
-        Turn(give_back)
-    }
-}
-
-impl Drop for Turn {
-    fn drop(&mut self) {
-        let _ = self.0.try_recv();
-    }
-}
-
-fn config(cpus: usize) -> MachineConfig {
-    MachineConfig {
-        // Scripted vCPUs bring what they run.
-        guest: Guest::Image {
-            bytes: &[],
-            at: 0,
-            entry: EntryPoint::Flat32 { eip: 0 },
-        },
-        cpus,
-        memory: MemoryConfig {
-            size_bytes: MIN_BYTES,
-            backing: Backing::Memfd,
-        },
-        dispatch: Dispatch::Actor,
-        placements: Vec::new(),
-        console: ConsoleKind::Off,
-        debug_console: ConsoleKind::Off,
-        delay: None,
-        virtio: Default::default(),
-        timeout: Some(LIMIT),
-        gdb: None,
-        on_reset: OnReset::Exit,
-        control: None,
-        tarpit: None,
-    }
-}
-
-/// A machine on a thread of its own.
-struct Machine {
-    address: MachineAddress,
-    thread: JoinHandle<Outcome>,
-    _turn: Turn,
-}
-
-impl Machine {
-    fn start<S: Source + 'static>(config: MachineConfig, sources: Vec<S>) -> Machine {
-        let turn = Turn::wait();
-        let inbox = Inbox::new();
-        let address = inbox.address();
-        let thread = std::thread::spawn(move || {
-            let backends = sources.into_iter().map(ScriptedBackend::new).collect();
-            let log = Logger::root(Discard, o!());
-            supervisor::run_controlled(&config, backends, &Unwired, Box::new(NoPlatform), inbox, &log)
-                .unwrap()
-        });
-        Machine {
-            address,
-            thread,
-            _turn: turn,
-        }
-    }
-
-    #[track_caller]
-    fn done(&self, command: Command, state: State) {
-        assert_eq!(self.address.ask(command), Answer::Done(state), "{command:?}");
-    }
-
-    fn end(self) -> Outcome {
-        self.thread.join().unwrap()
-    }
-}
-
-/// Reads and writes registers of several devices for ever, and checks every answer: the scratch register of the serial
-/// port, a byte of CMOS memory, the address register of PCI's mechanism #1.
-struct Load {
-    /// Which of four vCPUs: each has registers of its own.
-    vcpu: u32,
-    /// Accesses so far.
-    count: Arc<AtomicU64>,
-    /// Answers that were not what was written.
-    wrong: Arc<AtomicU64>,
-    at: u32,
-    expected: u64,
-}
-
-impl Load {
-    fn new(vcpu: u32, count: &Arc<AtomicU64>, wrong: &Arc<AtomicU64>) -> Load {
-        Load {
-            vcpu,
-            count: count.clone(),
-            wrong: wrong.clone(),
-            at: 0,
-            expected: 0,
-        }
-    }
-}
-
-impl Source for Load {
-    fn next(&mut self) -> Option<Step> {
-        self.count.fetch_add(1, Ordering::Relaxed);
-        self.at += 1;
-        let value = self.at >> 1;
-        let write = self.at & 1 == 0;
-        let (port, width, value) = match self.vcpu {
-            0 => (0x3ff, Width::Byte, value & 0xff),
-            // Bits 31, 23 to 2: what the register keeps [PCI 3.0 §3.2.2.3.2].
-            1 => (0xcf8, Width::Dword, value & 0x3f << 2),
-            // Interrupt enables, of which the port has four.
-            2 => (0x3f9, Width::Byte, value & 0xf),
-            // Nobody is there.
-            _ => (0x1f0, Width::Word, 0xffff),
-        };
-        if write {
-            self.expected = value.into();
-            Some(Step::Out {
-                port,
-                width,
-                values: vec![value],
-            })
-        } else {
-            Some(Step::In {
-                port,
-                width,
-                count: 1,
-                expect: None,
-            })
-        }
-    }
-
-    fn seen(&mut self, _: &Step, value: u64) {
-        if self.at > 2 && value != self.expected {
-            self.wrong.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
-    fn reset(&mut self) {
-        self.at = 0;
-    }
-}
 
 /// Every way to reach devices.
 fn ways() -> Vec<MachineConfig> {
@@ -194,14 +42,6 @@ fn ways() -> Vec<MachineConfig> {
         ..config(4)
     });
     placed.into_iter().chain(baselines).collect()
-}
-
-fn wait_until(what: &str, mut is: impl FnMut() -> bool) {
-    let begin = Instant::now();
-    while !is() {
-        assert!(begin.elapsed() < LIMIT, "{what}");
-        std::thread::yield_now();
-    }
 }
 
 fn pause_and_resume(config: MachineConfig, times: u32) {
@@ -284,22 +124,6 @@ impl Source for Reboots {
 
     fn reset(&mut self) {
         self.at = 0;
-    }
-}
-
-struct Temporary(PathBuf);
-
-impl Temporary {
-    fn new(name: &str) -> Temporary {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let (process, number) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        Temporary(std::env::temp_dir().join(format!("actor-vmm-control-{process}-{number}-{name}")))
-    }
-}
-
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
     }
 }
 
@@ -402,247 +226,6 @@ fn what_the_state_does_not_allow_is_refused_by_name() {
     assert!(matches!(machine.end(), Outcome::Stopped));
     assert_eq!(address.ask(Command::Pause), Answer::Gone);
 }
-
-/// Reads the tarpit once, and then halts; or, without a turn at it, works.
-enum Mixed {
-    Stuck {
-        began: Arc<AtomicU64>,
-        done: bool,
-        released: Arc<AtomicU64>,
-    },
-    Works(Load),
-}
-
-impl Source for Mixed {
-    fn next(&mut self) -> Option<Step> {
-        match self {
-            Mixed::Stuck { began, done, .. } => {
-                if std::mem::replace(done, true) {
-                    return None;
-                }
-                began.fetch_add(1, Ordering::Relaxed);
-                Some(Step::In {
-                    port: 0xf6,
-                    width: Width::Byte,
-                    count: 1,
-                    expect: None,
-                })
-            }
-            Mixed::Works(load) => load.next(),
-        }
-    }
-
-    fn seen(&mut self, step: &Step, value: u64) {
-        match self {
-            Mixed::Stuck { released, .. } => {
-                assert_eq!(value, u64::from(RELEASED));
-                released.fetch_add(1, Ordering::Relaxed);
-            }
-            Mixed::Works(load) => load.seen(step, value),
-        }
-    }
-}
-
-/// A machine of which two vCPUs are stuck in the tarpit and two work.
-struct Mired {
-    machine: Machine,
-    socket: Temporary,
-    count: Arc<AtomicU64>,
-    wrong: Arc<AtomicU64>,
-    released: Arc<AtomicU64>,
-    release: Option<crossbeam_channel::Sender<()>>,
-}
-
-impl Mired {
-    fn start(kind: PlacementKind) -> Mired {
-        let socket = Temporary::new(&format!("mired-{kind}"));
-        let (release, mire) = Mire::new();
-        let config = MachineConfig {
-            placements: vec![("tarpit".into(), kind)],
-            control: Some(socket.0.clone()),
-            tarpit: Some(mire),
-            ..config(4)
-        };
-        let (count, wrong) = (Arc::default(), Arc::default());
-        let (began, released) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
-        let stuck = || Mixed::Stuck {
-            began: began.clone(),
-            done: false,
-            released: released.clone(),
-        };
-        let works = |vcpu| Mixed::Works(Load::new(vcpu, &count, &wrong));
-        let machine = Machine::start(config, vec![stuck(), works(1), stuck(), works(3)]);
-        wait_until("it does not get stuck", || began.load(Ordering::Relaxed) == 2);
-        Mired {
-            machine,
-            socket,
-            count,
-            wrong,
-            released,
-            release: Some(release),
-        }
-    }
-
-    fn goes_on(&self) {
-        let now = self.count.load(Ordering::Relaxed);
-        wait_until("the others do not go on", || {
-            self.count.load(Ordering::Relaxed) > now + 100
-        });
-    }
-
-    fn stands(&self) {
-        let now = self.count.load(Ordering::Relaxed);
-        for _ in 0..100 {
-            std::thread::yield_now();
-        }
-        assert_eq!(
-            self.count.load(Ordering::Relaxed),
-            now,
-            "the others do not stand still"
-        );
-    }
-
-    fn why(&self) -> serde_json::Value {
-        Connection::open(&self.socket.0)
-            .unwrap()
-            .ask(Verb::Why, &verbs::from_words(&["why"]).unwrap().1)
-            .unwrap()
-    }
-}
-
-const PLACEMENTS: [PlacementKind; 3] = [PlacementKind::Handoff, PlacementKind::Thread, PlacementKind::Pool];
-
-#[test]
-fn a_device_that_never_answers_is_named_by_why_and_holds_up_nobody_else() {
-    for kind in PLACEMENTS {
-        let mired = Mired::start(kind);
-        mired.goes_on();
-        // Both are known to have begun, not yet to have got there.
-        let mut why = mired.why();
-        wait_until("why does not name it", || {
-            why = mired.why();
-            let sleeps = |wait: &serde_json::Value| wait["on"] == "tarpit" && wait["asleep"] == true;
-            let waits = why["waits"]
-                .as_array()
-                .unwrap()
-                .iter()
-                .filter(|wait| sleeps(wait))
-                .count();
-            let turn = why["turns"]
-                .as_array()
-                .unwrap()
-                .iter()
-                .any(|turn| turn["device"] == "tarpit");
-            turn && waits == if kind == PlacementKind::Handoff { 1 } else { 2 }
-        });
-        let turns = why["turns"].as_array().unwrap();
-        let turn = turns.iter().find(|turn| turn["device"] == "tarpit").unwrap();
-        let holder = turn["holder"].as_str().unwrap();
-        match kind {
-            PlacementKind::Handoff => {
-                assert!(holder == "vcpu0" || holder == "vcpu2", "{why:#}");
-                assert_eq!(turn["message"], "in 0xf6/1", "{why:#}");
-            }
-            PlacementKind::Thread => assert_eq!(holder, "its own thread"),
-            PlacementKind::Pool => assert_eq!(holder, "a thread of the pool"),
-        }
-        for wait in why["waits"].as_array().unwrap() {
-            if wait["on"] == "tarpit" {
-                assert_eq!(wait["message"], "in 0xf6/1", "{why:#}");
-                assert_ne!(wait["who"], holder, "{why:#}");
-            }
-        }
-        // The time is that of the wait: a while later it is longer by that while.
-        let age = |why: &serde_json::Value| {
-            let waits = why["waits"].as_array().unwrap();
-            let wait = waits.iter().find(|wait| wait["on"] == "tarpit").unwrap();
-            wait["ms"].as_u64().unwrap()
-        };
-        let (begin, before) = (Instant::now(), age(&why));
-        while begin.elapsed() < Duration::from_millis(200) {
-            std::thread::yield_now();
-        }
-        let later = age(&mired.why());
-        assert!(later >= before + 150, "{before} ms, then {later} ms");
-        // Soon, as often as not: the host may be busy.
-        let fastest = (0..10).map(|_| {
-            let begin = Instant::now();
-            mired.why();
-            begin.elapsed()
-        });
-        let fastest = fastest.min().unwrap();
-        assert!(fastest < Duration::from_millis(100), "{fastest:?}");
-
-        let begin = Instant::now();
-        mired.machine.done(Command::Stop, State::Stopping);
-        assert!(matches!(mired.machine.end(), Outcome::Stopped));
-        assert!(begin.elapsed() < LIMIT / 10, "{:?}", begin.elapsed());
-        assert_eq!(mired.wrong.load(Ordering::Relaxed), 0);
-        assert!(!mired.socket.0.exists(), "the socket is left behind");
-        drop(mired.release);
-    }
-}
-
-#[test]
-fn a_pause_with_a_stuck_device_says_whom_it_waits_for_and_stops_the_others() {
-    for kind in PLACEMENTS {
-        let mut mired = Mired::start(kind);
-        mired.goes_on();
-        let Answer::Waits(State::Pausing, whom) = mired.machine.address.ask(Command::Pause) else {
-            panic!("{kind}: it is paused")
-        };
-        assert!(whom.contains(&"vcpu0 to pause".to_string()), "{whom:?}");
-        assert!(!whom.iter().any(|who| who.starts_with("vcpu1")), "{whom:?}");
-        mired.stands();
-        let why = mired.why();
-        assert_eq!(why["state"], "pausing");
-        let machine_waits = |on: &str| {
-            let waits = why["waits"].as_array().unwrap().iter();
-            waits
-                .clone()
-                .any(|wait| wait["who"] == "machine" && wait["on"] == on)
-        };
-        assert!(machine_waits("vcpu0") && !machine_waits("vcpu1"), "{why:#}");
-        // A reset is refused meanwhile; resuming takes the pause back.
-        assert!(matches!(
-            mired.machine.address.ask(Command::Reset),
-            Answer::Refused(Refused(State::Pausing, Transition::Reset))
-        ));
-        mired.machine.done(Command::Resume, State::Running);
-        mired.goes_on();
-        // A reset is given up, and the machine goes on.
-        assert!(matches!(
-            mired.machine.address.ask(Command::Reset),
-            Answer::Waits(State::Running, _)
-        ));
-        mired.goes_on();
-        // Once it is loose everything works.
-        mired.release = None;
-        wait_until("it is not loose", || mired.released.load(Ordering::Relaxed) == 2);
-        mired.machine.done(Command::Pause, State::Paused);
-        mired.stands();
-        mired.machine.done(Command::Resume, State::Running);
-        mired.machine.done(Command::Stop, State::Stopping);
-        assert!(matches!(mired.machine.end(), Outcome::Stopped));
-    }
-}
-
-#[test]
-fn a_machine_that_waits_for_a_pause_can_be_stopped() {
-    let mired = Mired::start(PlacementKind::Handoff);
-    let address = mired.machine.address.clone();
-    let asker = std::thread::spawn(move || address.ask(Command::Pause));
-    wait_until("it is not pausing", || mired.why()["state"] == "pausing");
-    mired.machine.done(Command::Stop, State::Stopping);
-    let answer = asker.join().unwrap();
-    assert!(
-        matches!(answer, Answer::Overtaken(_) | Answer::Waits(..)),
-        "{answer:?}"
-    );
-    assert!(matches!(mired.machine.end(), Outcome::Stopped));
-    drop(mired.release);
-}
-
 /// Touches guest memory that the host has just taken away, on the vCPU's own thread.
 struct Touches {
     memory: GuestMemoryMmap,

@@ -6,7 +6,7 @@
 //!
 //! What a pause, a resume and a reset do in which order is decided in `conductor.rs`; here it is carried out.
 
-use super::conductor::{Conductor, Effect, Pending};
+use super::conductor::{Conductor, Effect, Late, Pending};
 use super::dispatch::{Control, Discipline};
 use super::holds::{Holder, Holds, Step};
 use super::outcome::Outcome;
@@ -94,8 +94,9 @@ pub(super) struct Machine {
     /// When guest time was stopped.
     frozen_at: Option<Instant>,
     deadline: Option<Instant>,
-    /// Until when those who were told something should have answered.
+    /// Until when those who were told something should have answered, and in which stage that is.
     answers_by: Option<Instant>,
+    awaited: Option<u64>,
     /// Who wants it to stand still.
     holds: Holds,
     /// Who asked for what is under way: nobody if the guest did, both if both want a pause.
@@ -150,6 +151,7 @@ impl Machine {
             frozen_at: None,
             deadline: parts.deadline,
             answers_by: None,
+            awaited: None,
             holds: Holds::default(),
             askers: Vec::new(),
             on_reset: parts.on_reset,
@@ -480,7 +482,7 @@ impl Machine {
                 self.begun(begun, who, reply);
             }
             // Its time may be up already.
-            Step::Join if !self.conductor.is_under_way() => {
+            Step::Join if self.conductor.awaited().is_none() => {
                 reply.give(Answer::Waits(self.conductor.state(), self.whom_we_wait_for()));
             }
             Step::Join => self.askers.push((who, reply)),
@@ -550,17 +552,17 @@ impl Machine {
 
     /// Does what the conductor says, and what follows from it.
     fn carry_out(&mut self) -> Option<Outcome> {
+        let mut moved = false;
         loop {
             let effects = self.conductor.effects();
             if effects.is_empty() {
                 break;
             }
-            // Somebody has moved: the others have their time anew.
-            self.answers_by = Some(Instant::now() + ANSWER_LIMIT);
+            moved = true;
             for effect in effects {
                 match effect {
                     Effect::Vcpu(index, event) => self.tell_vcpu(index, event),
-                    Effect::TakeTime => drop(self.vcpus[0].handle.send(VcpuMessage::TakeTime)),
+                    Effect::TakeTime => self.tell_time(),
                     Effect::Device(index, event) => self.tell_device(index, event),
                     Effect::FreezeTime => self.freeze(),
                     Effect::ThawTime => self.thaw(),
@@ -570,14 +572,15 @@ impl Machine {
                         }
                     }
                     Effect::Done => self.answer(Answer::Done(self.conductor.state())),
-                    Effect::ResetGivenUp | Effect::ResetFailed => {
-                        unreachable!("only when time is up; see `answers_are_late`")
-                    }
                 }
             }
         }
-        if !self.conductor.is_under_way() {
-            self.answers_by = None;
+        // Each stage has its time, also one for which nobody had to be told anything, as all have been before.
+        let awaited = self.conductor.awaited();
+        if awaited != self.awaited {
+            self.awaited = awaited;
+            let limited = awaited.filter(|_| moved || !simulation::planted(Planted::NoDeadline));
+            self.answers_by = limited.map(|_| Instant::now() + ANSWER_LIMIT);
         }
         self.publish_unanswered();
         None
@@ -588,6 +591,7 @@ impl Machine {
         let vcpus = self.vcpus.len();
         let numbered = pending.iter().filter_map(|pending| match pending {
             Pending::Vcpu(index, event) => Some((*index, *event)),
+            Pending::Time => Some((0, Lifecycle::Resume)),
             Pending::Device(index, event) => Some((vcpus + index, *event)),
             Pending::Reload => None,
         });
@@ -603,6 +607,22 @@ impl Machine {
         if !sent {
             // It has ended, which it tells itself; its mailbox has room for all that it is ever sent.
             debug!(self.log, "vcpu{index} does not take {event:?}");
+        }
+    }
+
+    /// Tells the boot processor that guest time goes on.
+    fn tell_time(&self) {
+        let boot = &self.vcpus[0].handle;
+        let times = match () {
+            () if simulation::planted(Planted::TakeTimeLost) => 0,
+            () if simulation::planted(Planted::TakeTimeTwice) => 2,
+            () => 1,
+        };
+        for _ in 0..times {
+            if !boot.send(VcpuMessage::TakeTime) {
+                // As in `tell_vcpu`.
+                debug!(self.log, "vcpu0 does not take what time it is");
+            }
         }
     }
 
@@ -654,32 +674,20 @@ impl Machine {
         self.answers_by = None;
         let waits = self.whom_we_wait_for();
         let before = self.conductor.state();
-        self.conductor.time_is_up();
-        self.devices.reinforce();
-        let effects = self.conductor.effects();
-        let mut given_up = false;
-        for effect in effects {
-            match effect {
-                Effect::Vcpu(index, event) => self.tell_vcpu(index, event),
-                Effect::Device(index, event) => self.tell_device(index, event),
-                Effect::FreezeTime => self.freeze(),
-                Effect::ThawTime => self.thaw(),
-                Effect::TakeTime => drop(self.vcpus[0].handle.send(VcpuMessage::TakeTime)),
-                Effect::ResetGivenUp => given_up = true,
-                Effect::ResetFailed => return Some(self.reset_failed(waits.join(", "))),
-                Effect::Reload | Effect::Done => {}
-            }
+        let late = self.conductor.time_is_up()?;
+        if late == Late::ResetFailed {
+            return Some(self.reset_failed(waits.join(", ")));
         }
-        let what = if given_up {
-            "a reset was given up"
-        } else {
-            "a pause is not complete"
-        };
-        self.publish_unanswered();
-        warn!(self.log, "{what}: it waits for {}", waits.join(", "));
+        self.devices.reinforce();
+        // Whatever is done now, it is not what was asked for.
+        let askers = std::mem::take(&mut self.askers);
+        let outcome = self.carry_out();
+        warn!(self.log, "{late}: it waits for {}", waits.join(", "));
         self.tell_state(before);
-        self.answer(Answer::Waits(self.conductor.state(), waits));
-        None
+        for (_, asker) in askers {
+            asker.give(Answer::Waits(self.conductor.state(), waits.clone()));
+        }
+        outcome
     }
 
     /// Who has not answered, for a person.
@@ -687,6 +695,7 @@ impl Machine {
         let name = |pending| match pending {
             Pending::Vcpu(index, event) => format!("vcpu{index} to {}", verb(event)),
             Pending::Device(index, event) => format!("device {} to {}", self.lives[index].name, verb(event)),
+            Pending::Time => "vcpu0 to take in what time it is".into(),
             Pending::Reload => "the guest to be loaded".into(),
         };
         self.conductor.pending().into_iter().map(name).collect()

@@ -43,7 +43,7 @@ pub enum Step {
     NotYours(Holder),
 }
 
-/// A running machine has no holder, one that is pausing or paused has at least one.
+/// A running machine, or one that is resuming, has no holder, one that is pausing or paused has at least one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Holds(u8);
 
@@ -67,7 +67,7 @@ impl Holds {
     pub fn pause(&mut self, who: Holder, state: State) -> Step {
         let step = match state {
             _ if self.has(who) => Step::Refused(Refused(state, Transition::Pause)),
-            State::Running => Step::Begin,
+            State::Running | State::Resuming => Step::Begin,
             State::Pausing => Step::Join,
             State::Paused => Step::Stands,
             _ => Step::Refused(Refused(state, Transition::Pause)),
@@ -135,7 +135,10 @@ mod tests {
             for state in State::ALL {
                 let refused = Step::Refused(Refused(state, Transition::Resume));
                 assert_eq!(holds.resume(who, state), refused);
-                if !matches!(state, State::Running | State::Pausing | State::Paused) {
+                if !matches!(
+                    state,
+                    State::Running | State::Resuming | State::Pausing | State::Paused
+                ) {
                     let refused = Step::Refused(Refused(state, Transition::Pause));
                     assert_eq!(holds.pause(who, state), refused);
                 }

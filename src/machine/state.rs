@@ -1,23 +1,28 @@
 //! The machine's states, as a pure state machine. Its one owner is the machine actor.
 //!
 //! ```text
-//!              start            pause             all have answered
-//!   CREATED ──────────▶ RUNNING ──────▶ PAUSING ─────────────────▶ PAUSED
-//!                        ▲ │ ▲           │  resume                 │ │ ▲
-//!                        │ │ └───────────┘                         │ │ │
-//!                        │ │ ◀───────────────── resume ────────────┘ │ │
-//!                        │ │ reset                             reset │ │
-//!                        │ ▼                                         ▼ │
-//!                        └──────────────── RESETTING ─────────────────┘
-//!                          done, was running        done, was paused
+//!              start            pause            all have answered
+//!   CREATED ──────────▶ RUNNING ──────▶ PAUSING ────────────────▶ PAUSED
+//!                        ▲ │             │  ▲                     │  │ ▲
+//!                   they │ │      resume │  │ pause        resume │  │ │
+//!               were let │ │             ▼  │                     │  │ │
+//!                     go └─┼────────── RESUMING ◀─────────────────┘  │ │
+//!                          │               │  ▲                      │ │
+//!                    reset │         reset │  │ done, was running    │ │
+//!                          │               ▼  │                reset │ │
+//!                          └────────▶ RESETTING ◀────────────────────┘ │
+//!                                          └───────────────────────────┘
+//!                                                    done, was paused
 //!
-//!   CREATED, RUNNING, PAUSING, PAUSED, RESETTING ──fail──▶ INTERNAL ERROR
+//!   CREATED, RUNNING, PAUSING, PAUSED, RESUMING, RESETTING ──fail──▶ INTERNAL ERROR
 //!   all of these ──stop──▶ STOPPING ──stopped──▶ STOPPED
 //! ```
 //!
-//! PAUSING and RESETTING last until every vCPU and every device has answered. A stuck device can make that for ever: the
-//! machine then stays PAUSING with everybody else at rest, and can be resumed or stopped; a reset that waits too long
-//! is given up before anything was changed, and the machine goes on.
+//! PAUSING and RESETTING last until every vCPU and every device has answered, RESUMING until the boot processor knows what
+//! time it is (a moment, or none at all). A stuck device can make a pause last for ever: the machine then stays PAUSING with
+//! everybody else at rest, and can be resumed or stopped. A reset that waits too long is given up before anything was
+//! changed, and the machine goes on. A boot processor whose thread gets no processor keeps the machine RESUMING; it can be
+//! paused, reset or stopped.
 
 use std::fmt;
 
@@ -33,6 +38,8 @@ pub enum State {
     Pausing,
     /// Nothing of the guest changes, and its time stands.
     Paused,
+    /// Guest time goes on; vCPUs do as soon as the boot processor knows it.
+    Resuming,
     /// On the way back to the state after power-on.
     Resetting,
     /// vCPUs are told to end.
@@ -54,9 +61,11 @@ pub enum Transition {
     Paused,
     /// Somebody wants it to go on.
     Resume,
+    /// All vCPUs were told to go on.
+    Resumed,
     /// Somebody wants it back at power-on.
     Reset,
-    /// It is at power-on, or its reset was given up, and runs.
+    /// It is at power-on, or its reset was given up, and runs on.
     ResetRunning,
     /// It is at power-on, or its reset was given up, and stands still as it did before.
     ResetPaused,
@@ -75,11 +84,12 @@ pub struct Refused(pub State, pub Transition);
 
 impl State {
     /// All of them.
-    pub const ALL: [State; 8] = [
+    pub const ALL: [State; 9] = [
         State::Created,
         State::Running,
         State::Pausing,
         State::Paused,
+        State::Resuming,
         State::Resetting,
         State::Stopping,
         State::Stopped,
@@ -94,16 +104,20 @@ impl State {
         use State::*;
         match (self, transition) {
             (Created, Transition::Start) => Ok(Running),
-            (Running, Transition::Pause) => Ok(Pausing),
+            (Running | Resuming, Transition::Pause) => Ok(Pausing),
             (Pausing, Transition::Paused) => Ok(Paused),
-            (Pausing | Paused, Transition::Resume) => Ok(Running),
-            (Running | Paused, Transition::Reset) => Ok(Resetting),
-            (Resetting, Transition::ResetRunning) => Ok(Running),
+            (Pausing | Paused, Transition::Resume) => Ok(Resuming),
+            (Resuming, Transition::Resumed) => Ok(Running),
+            (Running | Resuming | Paused, Transition::Reset) => Ok(Resetting),
+            (Resetting, Transition::ResetRunning) => Ok(Resuming),
             (Resetting, Transition::ResetPaused) => Ok(Paused),
-            (Created | Running | Pausing | Paused | Resetting | InternalError, Transition::Stop) => {
-                Ok(Stopping)
+            (
+                Created | Running | Pausing | Paused | Resuming | Resetting | InternalError,
+                Transition::Stop,
+            ) => Ok(Stopping),
+            (Created | Running | Pausing | Paused | Resuming | Resetting, Transition::Fail) => {
+                Ok(InternalError)
             }
-            (Created | Running | Pausing | Paused | Resetting, Transition::Fail) => Ok(InternalError),
             (Stopping, Transition::Stopped) => Ok(Stopped),
             _ => Err(Refused(self, transition)),
         }
@@ -122,6 +136,7 @@ impl fmt::Display for State {
             State::Running => "running",
             State::Pausing => "pausing",
             State::Paused => "paused",
+            State::Resuming => "resuming",
             State::Resetting => "resetting",
             State::Stopping => "stopping",
             State::Stopped => "stopped",
@@ -137,6 +152,7 @@ impl fmt::Display for Transition {
             Transition::Pause => "cannot be paused",
             Transition::Paused => "cannot become paused",
             Transition::Resume => "cannot be resumed",
+            Transition::Resumed => "cannot become running",
             Transition::Reset => "cannot be reset",
             Transition::ResetRunning | Transition::ResetPaused => "cannot come out of a reset",
             Transition::Stop => "cannot be stopped",
@@ -162,14 +178,19 @@ mod tests {
             (Running, Transition::Stop, Stopping),
             (Running, Transition::Fail, InternalError),
             (Pausing, Transition::Paused, Paused),
-            (Pausing, Transition::Resume, Running),
+            (Pausing, Transition::Resume, Resuming),
             (Pausing, Transition::Stop, Stopping),
             (Pausing, Transition::Fail, InternalError),
-            (Paused, Transition::Resume, Running),
+            (Paused, Transition::Resume, Resuming),
             (Paused, Transition::Reset, Resetting),
             (Paused, Transition::Stop, Stopping),
             (Paused, Transition::Fail, InternalError),
-            (Resetting, Transition::ResetRunning, Running),
+            (Resuming, Transition::Resumed, Running),
+            (Resuming, Transition::Pause, Pausing),
+            (Resuming, Transition::Reset, Resetting),
+            (Resuming, Transition::Stop, Stopping),
+            (Resuming, Transition::Fail, InternalError),
+            (Resetting, Transition::ResetRunning, Resuming),
             (Resetting, Transition::ResetPaused, Paused),
             (Resetting, Transition::Stop, Stopping),
             (Resetting, Transition::Fail, InternalError),
@@ -182,6 +203,7 @@ mod tests {
                 Transition::Pause,
                 Transition::Paused,
                 Transition::Resume,
+                Transition::Resumed,
                 Transition::Reset,
                 Transition::ResetRunning,
                 Transition::ResetPaused,

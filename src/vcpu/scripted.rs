@@ -82,6 +82,8 @@ pub trait Source: Send {
     fn seen(&mut self, step: &Step, value: u64);
     /// The machine is reset: the guest starts again.
     fn reset(&mut self) {}
+    /// Guest time goes on after a pause; see [`Backend::take_time`].
+    fn take_time(&mut self) {}
 }
 
 /// Offset of port data in the pretended mapping, as KVM has it on x86.
@@ -232,6 +234,10 @@ impl<S: Source> Backend for ScriptedBackend<S> {
 
     fn wakes_from_halt(&self) -> bool {
         true
+    }
+
+    fn take_time(&mut self) {
+        self.source.take_time();
     }
 
     fn reset(&mut self, _entry: Option<&EntryPoint>) -> Result<(), ResetError> {

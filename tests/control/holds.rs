@@ -1,6 +1,7 @@
 //! A controller and a debugger that both want the machine to stand still.
 
 use super::*;
+use crate::stuck::Mired;
 
 /// A machine that counts its accesses.
 struct Counted {
