@@ -2,7 +2,7 @@
 //! machine is made.
 
 use super::balloon::{self, Balloon, BalloonConfig};
-use super::block::{self, Block, DiskConfig, Image, ImageError};
+use super::block::{self, Block, Disk, DiskConfig, ImageError};
 use super::limit::{Limited, Limits};
 use super::net::config::Host;
 use super::net::{self, Link, Mac, NetConfig, NetError};
@@ -13,7 +13,6 @@ use super::vsock::{self, VsockConfig, VsockError};
 use super::{Notify, Transport};
 use slog::Logger;
 use std::io;
-use std::sync::Arc;
 
 /// The most virtio devices: each has an interrupt of its own.
 pub const MAX_DEVICES: usize = crate::boot::layout::VIRTIO_GSIS.len();
@@ -149,15 +148,16 @@ impl VirtioConfig {
         self.check()?;
         let mut opened = Vec::with_capacity(self.names().len());
         for (name, disk) in DISK_NAMES.into_iter().zip(&self.disks) {
-            let image = Arc::new(Image::open(disk)?);
+            let disks = Disk::open(disk)?;
+            let identity = block::identity(&disks[0], disk.queues);
             let limits = Limits::new(disk.allowance);
-            let handlers = (0..disk.queues).map(|_| {
-                let block = Block::new(image.clone(), &disk.serial, log.clone());
+            let handlers = disks.into_iter().map(|opened| {
+                let block = Block::new(opened, &disk.serial, log.clone());
                 Limited::around(block, &limits, block::OVERHEAD_BYTES).map_err(VirtioError::Timer)
             });
             opened.push(Opened {
                 name,
-                identity: block::identity(&image, disk.queues),
+                identity,
                 handlers: handlers.collect::<Result<_, _>>()?,
                 link: None,
                 balloon: None,

@@ -2,8 +2,10 @@
 //! a reset the device serves as if nothing had been.
 
 use super::balloon;
+use super::block::config::Format;
 use super::block::image::tests::Scratch;
-use super::block::{Block, Image};
+use super::block::qcow2::tests::made_image;
+use super::block::{Block, Disk, DiskConfig, Image};
 use super::limit::{Allowance, Limited, Limits};
 use super::net;
 use super::net::control::Control;
@@ -62,7 +64,7 @@ fn subjects() -> Vec<Subject> {
     let limits = Limits::new(allowance);
     let limited = Subject {
         name: "blk limited",
-        handler: Limited::around(Block::new(image, "", quiet()), &limits, 17).unwrap(),
+        handler: Limited::around(Block::new(Disk::Raw(image), "", quiet()), &limits, 17).unwrap(),
         probe: identification(),
         served: Outcome::Used(21),
         _kept: Box::new(file),
@@ -71,7 +73,19 @@ fn subjects() -> Vec<Subject> {
     let image = Arc::new(Image::open(&file.config(false)).unwrap());
     let disk = Subject {
         name: "blk",
-        handler: Box::new(Block::new(image, "", quiet())),
+        handler: Box::new(Block::new(Disk::Raw(image), "", quiet())),
+        probe: identification(),
+        served: Outcome::Used(21),
+        _kept: Box::new(file),
+    };
+    let file = Scratch::new(&made_image());
+    let config = DiskConfig {
+        format: Some(Format::Qcow2),
+        ..file.config(false)
+    };
+    let qcow2 = Subject {
+        name: "blk qcow2",
+        handler: Box::new(Block::new(Disk::open(&config).unwrap().remove(0), "", quiet())),
         probe: identification(),
         served: Outcome::Used(21),
         _kept: Box::new(file),
@@ -83,7 +97,7 @@ fn subjects() -> Vec<Subject> {
         served: Outcome::Used(16),
         _kept: Box::new(()),
     };
-    let (mut all, (pair, host)) = (vec![disk, limited, rng], net::testing::pair());
+    let (mut all, (pair, host)) = (vec![disk, limited, qcow2, rng], net::testing::pair());
     let link = net::testing::link(quiet());
     // Frames are there: a queue without any would look at nothing.
     let (inside, frame) = (Arc::new(host), [0; 12 + 60]);

@@ -187,8 +187,7 @@ pub fn run(args: &Args) -> Result<bool> {
     let image = Image::build(&Inside {
         qemu: vmms.iter().any(|v| !v.is_ours()),
         actor_vmm: vmms.iter().any(|v| v.is_ours()),
-        gdb: false,
-        system: false,
+        ..Inside::default()
     })?;
     println!(
         "same bzImage, same initrd, 1 vCPU, {MEMORY_MIB} MiB, in turns, each boot in a fresh emulated host:"

@@ -164,8 +164,7 @@ fn emulated(scenario: &scenario::Scenario, text: &str, args: &Args) -> Result<St
     let image = Image::build(&Inside {
         qemu: args.vmm == Vmm::Qemu,
         actor_vmm: args.vmm == Vmm::ActorVmm,
-        gdb: false,
-        system: false,
+        ..Inside::default()
     })?;
     let interactive = if args.shell { "interactive\n" } else { "" };
     let host = Host {

@@ -151,6 +151,7 @@ pub fn scenarios(chosen: &[&Scenario], options: &Options) -> Result<Tally> {
         qemu: options.vmm == Vmm::Qemu,
         actor_vmm: options.vmm == Vmm::ActorVmm,
         gdb: waiting.iter().any(|scenario| scenario.gdb),
+        qemu_img: waiting.iter().any(|scenario| scenario.qemu_img),
         system: waiting.iter().any(|scenario| scenario.system),
     })?;
     let deadline = Instant::now() + options.limit;
@@ -290,6 +291,7 @@ pub struct Inside {
     pub actor_vmm: bool,
     pub qemu: bool,
     pub gdb: bool,
+    pub qemu_img: bool,
     pub system: bool,
 }
 
@@ -316,6 +318,9 @@ impl Image {
         }
         if inside.gdb {
             initramfs::with_libraries(&mut archive, &debugger::ensure()?, "usr/bin/gdb")?;
+        }
+        if inside.qemu_img {
+            initramfs::with_libraries(&mut archive, Path::new("/usr/bin/qemu-img"), "usr/bin/qemu-img")?;
         }
         let mut base = initramfs::host(&kernel, inside.qemu)?;
         base.extend_from_slice(&archive.finish());

@@ -45,6 +45,9 @@ pub struct Scenario {
     /// The emulated host has gdb in it.
     #[serde(default)]
     pub gdb: bool,
+    /// The emulated host has qemu-img in it.
+    #[serde(default)]
+    pub qemu_img: bool,
     /// Runs in the guest by busybox sh.
     #[serde(default)]
     pub guest: String,

@@ -16,9 +16,10 @@ pub struct Args {
 }
 
 /// A file that only the package brings, and the package.
-const NEEDED: [(&str, &str); 8] = [
+const NEEDED: [(&str, &str); 9] = [
     ("/usr/bin/qemu-system-x86_64", "qemu-system-x86"),
     ("/usr/share/doc/busybox-static", "busybox-static"),
+    ("/usr/bin/qemu-img", "qemu-utils"),
     ("/usr/bin/lz4", "lz4"),
     ("/usr/bin/xz", "xz-utils"),
     ("/usr/bin/gdb", "gdb"),

@@ -23,6 +23,17 @@ pub struct DiskConfig {
     pub serial: String,
     /// What may go through it, in both directions together.
     pub allowance: Allowance,
+    /// What the image is; `None`: raw, unless it looks like something else.
+    pub format: Option<Format>,
+}
+
+/// Formats of images.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Format {
+    /// The file's bytes are the disk's.
+    Raw,
+    /// QEMU's format, with backing files.
+    Qcow2,
 }
 
 /// A `--disk` that cannot be.
@@ -33,7 +44,7 @@ pub enum DiskSyntaxError {
     NoPath,
     /// A key that is none.
     #[error(
-        "a disk has no key '{0}'; there are path, ro, queues, serial, rate and iops (a comma in a value is written ,,)"
+        "a disk has no key '{0}'; there are path, format, ro, queues, serial, rate and iops (a comma in a value is written ,,)"
     )]
     UnknownKey(String),
     /// The same key again.
@@ -54,6 +65,12 @@ pub enum DiskSyntaxError {
     /// `serial=…`
     #[error("serial={0}: a serial number is 1 to {SERIAL_BYTES} printable ASCII characters")]
     Serial(String),
+    /// `format=…`
+    #[error("format={0}: there are raw and qcow2")]
+    Format(String),
+    /// A qcow2 image with several queues.
+    #[error("queues={0}: a disk with format=qcow2 has one queue")]
+    QueuesOfQcow2(u16),
 }
 
 /// Sets what was not set yet.
@@ -69,11 +86,19 @@ impl FromStr for DiskConfig {
 
     fn from_str(text: &str) -> Result<Self, DiskSyntaxError> {
         let (mut path, mut read_only, mut queues, mut serial) = (None, None, None, None);
-        let (mut bytes, mut iops) = (None, None);
+        let (mut bytes, mut iops, mut format) = (None, None, None);
         for item in items(text) {
             match item.split_once('=') {
                 Some(("path", value)) if !value.is_empty() => once(&mut path, "path", value.into())?,
                 Some(("path", _)) => return Err(DiskSyntaxError::NoPath),
+                Some(("format", value)) => {
+                    let known = match value {
+                        "raw" => Format::Raw,
+                        "qcow2" => Format::Qcow2,
+                        _ => return Err(DiskSyntaxError::Format(value.into())),
+                    };
+                    once(&mut format, "format", known)?;
+                }
                 Some(("queues", value)) => {
                     let number = value.parse().ok().filter(|n| (1..=MAX_QUEUES).contains(n));
                     let number = number.ok_or_else(|| DiskSyntaxError::Queues(value.into()))?;
@@ -100,15 +125,21 @@ impl FromStr for DiskConfig {
                 None => return Err(DiskSyntaxError::UnknownKey(item)),
             }
         }
+        let queues = queues.unwrap_or(1);
+        // Its tables have one owner, which is its queue's actor.
+        if format == Some(Format::Qcow2) && queues > 1 {
+            return Err(DiskSyntaxError::QueuesOfQcow2(queues));
+        }
         Ok(DiskConfig {
             path: path.ok_or(DiskSyntaxError::NoPath)?,
             read_only: read_only.unwrap_or(false),
-            queues: queues.unwrap_or(1),
+            queues,
             serial: serial.unwrap_or_default(),
             allowance: Allowance {
                 bytes,
                 operations: iops,
             },
+            format,
         })
     }
 }
@@ -119,7 +150,9 @@ mod tests {
 
     #[test]
     fn what_is_said_is_what_is_meant() {
-        let disk: DiskConfig = "path=/a,,b,ro,queues=4,serial=disk 1,iops=9".parse().unwrap();
+        let disk: DiskConfig = "path=/a,,b,ro,queues=4,serial=disk 1,iops=9,format=raw"
+            .parse()
+            .unwrap();
         let expected = DiskConfig {
             path: "/a,b".into(),
             read_only: true,
@@ -129,6 +162,7 @@ mod tests {
                 bytes: None,
                 operations: Some(9),
             },
+            format: Some(Format::Raw),
         };
         assert_eq!(disk, expected);
         let disk: DiskConfig = "path=x=y".parse().unwrap();
@@ -156,6 +190,11 @@ mod tests {
             ("path=a,rate=fast", "rate=fast: "),
             ("path=a,rate=0", "rate=0: "),
             ("path=a,iops=1.5", "iops=1.5: "),
+            ("path=a,format=vmdk", "format=vmdk: "),
+            (
+                "path=a,format=qcow2,queues=2",
+                "queues=2: a disk with format=qcow2 has one queue",
+            ),
             ("path=a,rate=1,rate=2", "'rate' is given twice"),
         ] {
             let error = text.parse::<DiskConfig>().unwrap_err().to_string();

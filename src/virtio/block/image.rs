@@ -1,67 +1,103 @@
-//! A disk's image: a raw file or a block device, opened once, locked, and shared by the disk's queues.
+//! A disk's raw image: a file or a block device, opened once, locked, and shared by the disk's queues.
 //!
 //! The lock is on the open file description [fcntl_locking(2)]: exclusive for a disk that can be written, shared for one
 //! that cannot, so two machines can read one image and never share one that either writes. It goes with the last
 //! descriptor, whatever becomes of the program. QEMU's locks on the same file exclude ours and the other way round.
+//!
+//! What begins as a qcow2 image does is used as a raw one only if the user says so, and as a qcow2 image only if the user
+//! says that. Whoever guesses lets a guest decide: it can write such a header to its raw disk, and name any file of the
+//! host as its backing file, which would be read for it at the next start.
 
 use super::SECTOR_BYTES;
-use super::config::DiskConfig;
+use super::config::{DiskConfig, Format};
+use super::qcow2::header::{Flaw, MAGIC};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Why an image cannot be a disk.
+#[derive(Debug)]
+pub struct ImageError {
+    /// The image, as given.
+    pub disk: PathBuf,
+    /// The file that is to blame, if it is one behind the image.
+    pub backing: Option<PathBuf>,
+    /// Why.
+    pub problem: Problem,
+}
+
+impl fmt::Display for ImageError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "--disk path={}: ", self.disk.display())?;
+        if let Some(backing) = &self.backing {
+            write!(f, "behind it, {}: ", backing.display())?;
+        }
+        write!(f, "{}", self.problem)
+    }
+}
+
+impl std::error::Error for ImageError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.problem.source()
+    }
+}
+
+/// What is the matter with a file.
 #[derive(Debug, thiserror::Error)]
-pub enum ImageError {
+pub enum Problem {
     /// It cannot be opened.
-    #[error("--disk path={}: it cannot be opened for {}", .path.display(), if *.read_only { "reading" } else { "writing (with ro it need not be)" })]
+    #[error("it cannot be opened for {}", if *.read_only { "reading" } else { "writing (with ro it need not be)" })]
     Open {
-        /// As given.
-        path: PathBuf,
-        /// As asked for.
+        /// As wanted.
         read_only: bool,
         /// Why.
         #[source]
         source: io::Error,
     },
     /// A directory, a pipe, …
-    #[error("--disk path={}: it is neither a regular file nor a block device", .0.display())]
-    Kind(PathBuf),
+    #[error("it is neither a regular file nor a block device")]
+    Kind,
     /// Not whole sectors.
-    #[error("--disk path={}: its {bytes} bytes are not a multiple of {SECTOR_BYTES}; `truncate -s %{SECTOR_BYTES}` makes it one (is it a raw image?)", .path.display())]
-    Size {
-        /// As given.
-        path: PathBuf,
-        /// How large it is.
-        bytes: u64,
-    },
+    #[error(
+        "its {0} bytes are not a multiple of {SECTOR_BYTES}; `truncate -s %{SECTOR_BYTES}` makes it one (is it a raw image?)"
+    )]
+    Size(u64),
     /// Nothing in it.
-    #[error("--disk path={}: it is empty; `truncate -s 1G` makes an empty disk of it", .0.display())]
-    Empty(PathBuf),
-    /// A format that is not raw.
-    #[error("--disk path={}: it is a qcow2 image, and only raw ones can be used; `qemu-img convert -O raw` makes one", .0.display())]
-    Qcow2(PathBuf),
+    #[error("it is empty; `truncate -s 1G` makes an empty disk of it")]
+    Empty,
+    /// It begins like another format, and nobody has said that it is not.
+    #[error(
+        "it begins as a qcow2 image does; say format=qcow2 if it is one, format=raw if a guest has written that to its disk"
+    )]
+    LikeQcow2,
     /// Somebody else has it.
-    #[error("--disk path={}: another program uses it{}; end that one, or give the disk with ro to all", .path.display(), if *.read_only { " for writing" } else { "" })]
+    #[error("another program uses it{}; end that one, or give the disk with ro to all", if *.read_only { " for writing" } else { "" })]
     Locked {
-        /// As given.
-        path: PathBuf,
-        /// As asked for.
+        /// As wanted.
         read_only: bool,
     },
     /// No locks there.
-    #[error("--disk path={}: its file system gives no lock, without which two machines could share the disk", .path.display())]
-    Lock {
-        /// As given.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    #[error("its file system gives no lock, without which two machines could share the disk")]
+    Lock(#[source] io::Error),
+    /// Not a qcow2 image that can be used.
+    #[error("{0}")]
+    Qcow2(#[from] Flaw),
+    /// Backing files without end.
+    #[error("it is behind itself; `qemu-img rebase -u` gives the image another backing file")]
+    Loop,
+    /// The same without a loop.
+    #[error(
+        "more than {0} files are behind one another; `qemu-img convert` or `qemu-img commit` makes them fewer"
+    )]
+    TooDeep(usize),
+    /// The host, or what the checks have not seen.
+    #[error("it cannot be used as a qcow2 image; `qemu-img check` tells more")]
+    Library(#[source] io::Error),
 }
 
 /// An image that was opened.
@@ -80,48 +116,32 @@ impl Image {
     /// # Errors
     /// [`ImageError`].
     pub fn open(config: &DiskConfig) -> Result<Image, ImageError> {
-        let (path, read_only) = (config.path.clone(), config.read_only);
-        let cannot = |source| ImageError::Open {
-            path: config.path.clone(),
-            read_only,
-            source,
-        };
-        // A pipe must not hold us up; on files and block devices the flag means nothing.
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(!read_only)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(&path)
-            .map_err(cannot)?;
-        let kind = file.metadata().map_err(cannot)?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(ImageError::Kind(path));
-        }
-        lock(&file, read_only).map_err(|errno| match errno {
-            Errno::EAGAIN | Errno::EACCES => ImageError::Locked {
-                path: path.clone(),
-                read_only,
-            },
-            errno => ImageError::Lock {
-                path: path.clone(),
-                source: errno.into(),
-            },
-        })?;
-        // A block device's metadata do not have its size.
-        let bytes = file.seek(SeekFrom::End(0)).map_err(cannot)?;
+        Image::try_open(config).map_err(|problem| ImageError {
+            disk: config.path.clone(),
+            backing: None,
+            problem,
+        })
+    }
+
+    fn try_open(config: &DiskConfig) -> Result<Image, Problem> {
+        let read_only = config.read_only;
+        let file = open(&config.path, read_only)?;
+        lock(&file, read_only)?;
+        let bytes = size(&file).map_err(|source| Problem::Open { read_only, source })?;
         if bytes == 0 {
-            return Err(ImageError::Empty(path));
+            return Err(Problem::Empty);
         }
         let mut magic = [0; 4];
-        if file.read_exact_at(&mut magic, 0).is_ok() && magic == *b"QFI\xfb" {
-            return Err(ImageError::Qcow2(path));
+        let like_qcow2 = file.read_exact_at(&mut magic, 0).is_ok() && magic == MAGIC;
+        if like_qcow2 && config.format != Some(Format::Raw) {
+            return Err(Problem::LikeQcow2);
         }
         if !bytes.is_multiple_of(SECTOR_BYTES) {
-            return Err(ImageError::Size { path, bytes });
+            return Err(Problem::Size(bytes));
         }
         Ok(Image {
             file,
-            path,
+            path: config.path.clone(),
             sectors: bytes / SECTOR_BYTES,
             read_only,
             flush_failed: AtomicBool::new(false),
@@ -213,14 +233,7 @@ impl Image {
         {
             return Ok(());
         }
-        static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
-        let mut done = 0;
-        while done < bytes {
-            let part = (bytes - done).min(ZEROES.len() as u64);
-            self.write(offset + done, &ZEROES[..part as usize])?;
-            done += part;
-        }
-        Ok(())
+        super::in_pieces_of_zeroes(offset, bytes, |offset, zeroes| self.write(offset, zeroes))
     }
 
     fn allocate(&self, how: FallocateFlags, offset: u64, bytes: u64) -> Result<(), Errno> {
@@ -234,17 +247,43 @@ impl Image {
     }
 }
 
-/// Takes a lock on all of the file, now or not at all.
-fn lock(file: &File, shared: bool) -> Result<(), Errno> {
+/// Opens a file that may be an image.
+pub(super) fn open(path: &Path, read_only: bool) -> Result<File, Problem> {
+    let cannot = |source| Problem::Open { read_only, source };
+    // A pipe must not hold us up; on files and block devices the flag means nothing.
+    let file = OpenOptions::new()
+        .read(true)
+        .write(!read_only)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(cannot)?;
+    let kind = file.metadata().map_err(cannot)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(Problem::Kind);
+    }
+    Ok(file)
+}
+
+/// How large a file or a block device is, whose metadata do not have that.
+pub(super) fn size(mut file: &File) -> io::Result<u64> {
+    file.seek(SeekFrom::End(0))
+}
+
+/// Takes a lock on all of the file, now or not at all: to write it, or against who writes it.
+pub(super) fn lock(file: &File, read_only: bool) -> Result<(), Problem> {
     let lock = libc::flock {
-        l_type: if shared { libc::F_RDLCK } else { libc::F_WRLCK } as libc::c_short,
+        l_type: if read_only { libc::F_RDLCK } else { libc::F_WRLCK } as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
         l_start: 0,
         l_len: 0,
         // Has to be 0 for a lock on the description.
         l_pid: 0,
     };
-    fcntl(file, FcntlArg::F_OFD_SETLK(&lock)).map(|_| ())
+    match fcntl(file, FcntlArg::F_OFD_SETLK(&lock)) {
+        Ok(_) => Ok(()),
+        Err(Errno::EAGAIN | Errno::EACCES) => Err(Problem::Locked { read_only }),
+        Err(errno) => Err(Problem::Lock(errno.into())),
+    }
 }
 
 #[cfg(test)]
@@ -271,6 +310,7 @@ pub(crate) mod tests {
                 queues: 1,
                 serial: String::new(),
                 allowance: Default::default(),
+                format: None,
             }
         }
     }
@@ -294,7 +334,13 @@ pub(crate) mod tests {
         assert!(refused(&missing).contains("--disk path=/no/such: it cannot be opened for reading"));
         assert!(refused(&Scratch::new(b"").config(false)).contains("it is empty"));
         assert!(refused(&Scratch::new(&[0; 700]).config(false)).contains("700 bytes are not a multiple"));
-        assert!(refused(&Scratch::new(b"QFI\xfb 3").config(false)).contains("qcow2"));
+        let like = Scratch::new(&[b"QFI\xfb".as_slice(), &[0; 508]].concat());
+        assert!(refused(&like.config(false)).contains("say format=qcow2"));
+        let as_raw = DiskConfig {
+            format: Some(Format::Raw),
+            ..like.config(false)
+        };
+        assert_eq!(Image::open(&as_raw).unwrap().sectors(), 1);
         for path in ["/", "/dev/null"] {
             let config = DiskConfig {
                 path: path.into(),

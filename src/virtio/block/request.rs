@@ -5,7 +5,7 @@
 //! without a status byte or header makes the device need a reset. Nothing outside the image's sectors is touched.
 //! What fails on the host is an I/O error to the guest and a line in the log at a bounded rate.
 
-use super::image::Image;
+use super::disk::Disk;
 use super::{MAX_DISCARD_SECTORS, MAX_RANGES, MAX_WRITE_ZEROES_SECTORS, SECTOR_BYTES};
 use crate::virtio::CHUNK_BYTES;
 use crate::virtio::block::config::SERIAL_BYTES;
@@ -14,7 +14,6 @@ use crate::virtio::complaints::Complaints;
 use crate::virtio::queue::{Handler, Interruption, Request};
 use slog::Logger;
 use std::io;
-use std::sync::Arc;
 use virtio_bindings::virtio_blk as spec;
 
 /// `struct virtio_blk_req` up to its data: type, reserved, sector.
@@ -133,7 +132,7 @@ fn parse_range(
 
 /// Serves one queue of a disk.
 pub struct Block {
-    image: Arc<Image>,
+    disk: Disk,
     serial: [u8; SERIAL_BYTES],
     complaints: Complaints,
     /// Bytes of zeroes that the last request has written.
@@ -142,14 +141,14 @@ pub struct Block {
 
 impl Block {
     /// For one queue.
-    pub fn new(image: Arc<Image>, serial: &str, log: Logger) -> Block {
+    pub fn new(disk: Disk, serial: &str, log: Logger) -> Block {
         // Without a NUL if it is as long as it may be.
         let mut padded = [0; SERIAL_BYTES];
         for (to, from) in padded.iter_mut().zip(serial.bytes()) {
             *to = from;
         }
         Block {
-            image,
+            disk,
             serial: padded,
             complaints: Complaints::new(log),
             zeroed: 0,
@@ -158,8 +157,8 @@ impl Block {
 
     fn limits(&self) -> Limits {
         Limits {
-            sectors: self.image.sectors(),
-            read_only: self.image.is_read_only(),
+            sectors: self.disk.sectors(),
+            read_only: self.disk.is_read_only(),
         }
     }
 
@@ -171,7 +170,7 @@ impl Block {
         };
         self.complaints.say(format_args!(
             "disk {}: the host cannot {what}, and the guest gets an I/O error: {error}{remedy}",
-            self.image.path().display()
+            self.disk.path().display()
         ));
         Status::IoError
     }
@@ -185,7 +184,7 @@ impl Block {
         match command {
             Command::Read(offset, bytes) => self.read(offset, bytes, request),
             Command::Write(offset, bytes) => Ok((self.write(offset, bytes, request)?, 0)),
-            Command::Flush => Ok(match self.image.flush() {
+            Command::Flush => Ok(match self.disk.flush() {
                 Ok(()) => (Status::Ok, 0),
                 Err(error) => (self.refused("make sure that all is on its disk", &error), 0),
             }),
@@ -212,7 +211,7 @@ impl Block {
         let mut done = 0;
         while done < bytes {
             let part = (bytes - done).min(CHUNK_BYTES as u64) as usize;
-            if let Err(error) = self.image.read(offset + done, &mut request.buffer[..part]) {
+            if let Err(error) = self.disk.read(offset + done, &mut request.buffer[..part]) {
                 return Ok((self.refused("read from it", &error), done));
             }
             if request.store(done, part)?.is_err() {
@@ -230,7 +229,7 @@ impl Block {
             if request.load(HEADER_BYTES + done, part)?.is_err() {
                 return Ok(Status::IoError);
             }
-            if let Err(error) = self.image.write(offset + done, &request.buffer[..part]) {
+            if let Err(error) = self.disk.write(offset + done, &request.buffer[..part]) {
                 return Ok(self.refused("write to it", &error));
             }
             done += part as u64;
@@ -268,9 +267,9 @@ impl Block {
                 (0, _) => Ok(()),
                 (_, true) => {
                     self.zeroed += bytes;
-                    self.image.write_zeroes(offset, bytes, unmap)
+                    self.disk.write_zeroes(offset, bytes, unmap)
                 }
-                (_, false) => self.image.discard(offset, bytes),
+                (_, false) => self.disk.discard(offset, bytes),
             };
             if let Err(error) = result {
                 return Ok(self.refused(if zeroes { "write zeroes to it" } else { "discard" }, &error));
@@ -280,7 +279,29 @@ impl Block {
     }
 }
 
+impl Block {
+    /// Nobody uses the disk for now, or ever: what only this program knows goes into the image.
+    fn write_back(&mut self) {
+        if let Err(error) = self.disk.write_back() {
+            self.complaints.say(format_args!(
+                "disk {}: its tables cannot be written, and what was not flushed is lost: {error}",
+                self.disk.path().display()
+            ));
+        }
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        self.write_back();
+    }
+}
+
 impl Handler for Block {
+    fn stopped(&mut self) {
+        self.write_back();
+    }
+
     fn beside(&self) -> u64 {
         self.zeroed
     }
@@ -317,10 +338,17 @@ impl Handler for Block {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::virtio::block::DiskConfig;
+    use crate::virtio::block::image::Image;
     use crate::virtio::block::image::tests::Scratch;
     use crate::virtio::testing::{Outcome, R, Rig, W};
     use slog::o;
     use std::fs::File;
+    use std::sync::Arc;
+
+    fn open(config: &DiskConfig) -> Disk {
+        Disk::open(config).unwrap().remove(0)
+    }
 
     const LIMITS: Limits = Limits {
         sectors: 16,
@@ -399,9 +427,9 @@ mod tests {
     fn disk(read_only: bool) -> (Rig, Scratch) {
         let content: Vec<u8> = (0..16u8).flat_map(|sector| [sector; 512]).collect();
         let file = Scratch::new(&content);
-        let image = Arc::new(Image::open(&file.config(read_only)).unwrap());
+        let disk = open(&file.config(read_only));
         let log = Logger::root(slog::Discard, o!());
-        (Rig::new(Box::new(Block::new(image, "serial 7", log))), file)
+        (Rig::new(Box::new(Block::new(disk, "serial 7", log))), file)
     }
 
     const HEADER: u64 = 0x5000;
@@ -538,9 +566,9 @@ mod tests {
     fn a_transfer_of_many_chunks_is_whole() {
         let bytes = CHUNK_BYTES * 2 + 4096;
         let file = Scratch::new(&(0..bytes).map(|at| (at / 512) as u8).collect::<Vec<_>>());
-        let image = Arc::new(Image::open(&file.config(false)).unwrap());
+        let disk = open(&file.config(false));
         let log = Logger::root(slog::Discard, o!());
-        let mut rig = Rig::new(Box::new(Block::new(image, "", log)));
+        let mut rig = Rig::new(Box::new(Block::new(disk, "", log)));
         put(&rig, spec::VIRTIO_BLK_T_IN, 0);
         let place = 0x1_0000;
         let outcome = rig.request(&[R(HEADER, 16), W(place, bytes as u32), W(STATUS, 1)]);
@@ -556,10 +584,10 @@ mod tests {
     fn after_a_flush_that_failed_none_succeeds() {
         // What cannot be synchronized at all stands for a disk that has lost something.
         let null = File::options().read(true).write(true).open("/dev/null").unwrap();
-        let image = Arc::new(Image::for_test(null, 16));
-        assert!(image.flush().is_err());
+        let mut disk = Disk::Raw(Arc::new(Image::for_test(null, 16)));
+        assert!(disk.flush().is_err());
         let (log, lines) = crate::virtio::testing::kept_log();
-        let mut rig = Rig::new(Box::new(Block::new(image, "", log)));
+        let mut rig = Rig::new(Box::new(Block::new(disk, "", log)));
         put(&rig, spec::VIRTIO_BLK_T_FLUSH, 0);
         assert_eq!(rig.request(&[R(HEADER, 16), W(STATUS, 1)]), Outcome::Used(1));
         assert_eq!(status(&rig), Status::IoError as u8);
@@ -570,9 +598,9 @@ mod tests {
     fn a_full_host_is_an_io_error_and_says_so() {
         // A device that is always full stands for the host's disk.
         let full = File::options().read(true).write(true).open("/dev/full").unwrap();
-        let image = Arc::new(Image::for_test(full, 16));
+        let disk = Disk::Raw(Arc::new(Image::for_test(full, 16)));
         let (log, lines) = crate::virtio::testing::kept_log();
-        let mut rig = Rig::new(Box::new(Block::new(image, "", log)));
+        let mut rig = Rig::new(Box::new(Block::new(disk, "", log)));
         for _ in 0..20 {
             put(&rig, spec::VIRTIO_BLK_T_OUT, 0);
             assert_eq!(
