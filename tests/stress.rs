@@ -25,7 +25,7 @@ struct Numbered {
 }
 
 /// Counts what comes from each sender. Not atomic and not locked: the actor's state has one owner at a time, or this
-/// goes wrong.
+/// goes wrong. Nor by an exchange, which would order what the mailbox has to order.
 struct Counter {
     last: Vec<u64>,
     total: u64,
@@ -39,7 +39,8 @@ impl Actor for Counter {
     const RANK: Rank = Rank::Device;
 
     fn handle(&mut self, Numbered { sender, number }: Numbered) -> (u64, u64, u64) {
-        let alone = !self.inside.swap(true, Ordering::Relaxed);
+        let alone = !self.inside.load(Ordering::Relaxed);
+        self.inside.store(true, Ordering::Relaxed);
         // 0 asks for the counts and counts for nothing.
         if number > 0 {
             let expected = self.last[sender] + 1;

@@ -18,6 +18,7 @@
 //! Each is a [`Site`], and a model fails without it (`planted.rs`).
 
 use super::Actor;
+use super::keep::Keep;
 use super::park::Futex;
 use super::sync::{AtomicBool, AtomicU32, Bug, Ordering, Site, UnsafeCell, at, planted};
 use std::mem::MaybeUninit;
@@ -73,6 +74,8 @@ pub(super) struct Lane<A: Actor> {
     pub(super) looked: AtomicU32,
     /// Whether a port uses this lane.
     pub(super) connected: AtomicBool,
+    /// Whether its sender keeps the token.
+    pub(super) keep: Keep,
     call: UnsafeCell<Call<A::Message, A::Reply>>,
     posts: [UnsafeCell<MaybeUninit<A::Message>>; LANE_CREDITS as usize],
 }
@@ -85,6 +88,7 @@ impl<A: Actor> Lane<A> {
             tail: AtomicU32::new(0),
             looked: AtomicU32::new(0),
             connected: AtomicBool::new(false),
+            keep: Keep::new(),
             call: UnsafeCell::new(Call::Nothing),
             posts: std::array::from_fn(|_| UnsafeCell::new(MaybeUninit::uninit())),
         }

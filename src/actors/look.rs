@@ -3,7 +3,7 @@
 
 use super::Actor;
 use super::lane::{GRANTED, LEFT, PARKED, WAITING};
-use super::mailbox::{ASLEEP, CLOSED, HELD};
+use super::mailbox::{ASLEEP, CLOSED, HELD, KEPT};
 use super::placement::{PlacementKind, Runner};
 use super::port::Address;
 use super::sync::Ordering;
@@ -11,7 +11,7 @@ use super::sync::Ordering;
 /// A mailbox at one moment.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct MailboxLook {
-    /// Somebody has the run token.
+    /// Somebody has the run token, and not only keeps it.
     pub held: bool,
     /// It is the actor's own thread, and it sleeps.
     pub asleep: bool,
@@ -67,7 +67,7 @@ impl<A: Actor> Address<A> {
             (call != CallLook::Nothing || posts > 0).then_some(LaneLook { lane, call, posts })
         });
         MailboxLook {
-            held: word & HELD != 0,
+            held: word & HELD != 0 && (word & KEPT == 0 || core.is_keeper_inside()),
             asleep: word & ASLEEP != 0,
             closed: word & CLOSED != 0,
             placement: match core.runner {

@@ -3,13 +3,14 @@
 //! One 64-bit word decides everything about an actor:
 //!
 //! ```text
-//!  63    62     61     60 ............ 0
-//! HELD  ASLEEP CLOSED  one bit a lane: "look into my lane"
+//!  63    62     61    60    59 ............ 0
+//! HELD  ASLEEP CLOSED KEPT  one bit a lane: "look into my lane"
 //! ```
 //!
 //! * `HELD`: somebody has the run token, and only that somebody touches the actor's state.
 //! * a lane's bit: its sender has left something there. Whoever holds the token must serve it before letting go.
 //! * `ASLEEP`: the holder is the actor's own thread, and it sleeps; ring [`Core::bell`].
+//! * `KEPT`: the holder has let go, and comes back without a step on this word: see [`super::keep`].
 //! * `CLOSED`: the actor is gone. `HELD` stays set for ever, so no idle path can succeed.
 //!
 //! A sender to an idle actor takes the token by one compare-and-swap of 0 to `HELD`, runs its own message, and
@@ -42,17 +43,19 @@
 //!   word but the first is a read-modify-write, so the senders' `Release` reaches whoever sweeps next.
 //! * Closing is `AcqRel`: `Acquire` to see the calls that have to be refused, `Release` because a sender that finds the
 //!   word closed gets its call back.
+//! * Keeping is `Release`, as giving back is, and so that who is the keeper is seen by whoever revokes; that is `Acquire`.
 //! * Falling asleep is `Release` and the ringer's `fetch_and` `Acquire`, so that the bell is first made ready and then
 //!   rung. The bell itself carries no data (`Relaxed`): what there is to do is in the word.
 //! * Those of a lane are in `lane.rs`.
 //!
 //! Each is a [`Site`], and a model fails without it (`planted.rs`).
 
+use super::keep;
 use super::lane::{Call, LANE_CREDITS, Lane, PARKED, WAITING};
 use super::park::{Futex, Patience, spin_until};
 use super::placement::Runner;
 use super::rank::RankGuard;
-use super::sync::{Arc, AtomicU64, Bug, Ordering, Site, UnsafeCell, at, planted};
+use super::sync::{Arc, AtomicU32, AtomicU64, Bug, Ordering, Site, UnsafeCell, at, planted};
 use super::{Actor, Obituary};
 use crossbeam_utils::CachePadded;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -61,9 +64,10 @@ use std::time::{Duration, Instant};
 pub(super) const HELD: u64 = 1 << 63;
 pub(super) const ASLEEP: u64 = 1 << 62;
 pub(super) const CLOSED: u64 = 1 << 61;
+pub(super) const KEPT: u64 = 1 << 60;
 /// How many lanes have a bit of their own; lane `n` uses bit `n % LANE_BITS`, so beyond that they share.
 #[cfg(not(loom))]
-const LANE_BITS: usize = 61;
+const LANE_BITS: usize = 60;
 /// Few, so that models have lanes that share a bit.
 #[cfg(loom)]
 const LANE_BITS: usize = 3;
@@ -105,6 +109,10 @@ pub(super) struct Core<A: Actor> {
     /// What the actor's own thread sleeps on (placement `thread`).
     bell: CachePadded<Futex>,
     pub(super) lanes: Box<[CachePadded<Lane<A>>]>,
+    /// The lane whose sender keeps the token, while the word says that it is kept.
+    keeper: AtomicU32,
+    /// Whether it can be kept. Asked at the start, because the host is asked for it.
+    pub(super) keepable: bool,
     pub(super) runner: Runner,
     pub(super) name: Box<str>,
     on_death: Box<dyn Fn(Obituary) + Send + Sync>,
@@ -137,6 +145,8 @@ impl<A: Actor> Core<A> {
             word: CachePadded::new(AtomicU64::new(word)),
             bell: CachePadded::new(Futex::new(0)),
             lanes: (0..lanes).map(|_| CachePadded::new(Lane::new())).collect(),
+            keeper: AtomicU32::new(0),
+            keepable: runner.is_sender() && keep::is_possible(),
             runner,
             name: name.into(),
             on_death,
@@ -203,6 +213,46 @@ impl<A: Actor> Core<A> {
         self.word
             .compare_exchange(HELD, 0, at(Site::LetGo, Ordering::Release), Ordering::Relaxed)
             .is_ok()
+    }
+
+    /// Lets go of the token and keeps it, for the sender of `lane`, unless something came in meanwhile. For the holder.
+    #[cold]
+    pub(super) fn try_keep(&self, lane: usize) -> bool {
+        self.lanes[lane].keep.begin();
+        self.keeper.store(lane as u32, Ordering::Relaxed);
+        let release = at(Site::Keep, Ordering::Release);
+        let kept = if planted(Bug::KeepWhatever) {
+            self.word.swap(HELD | KEPT, release);
+            true
+        } else {
+            self.word
+                .compare_exchange(HELD, HELD | KEPT, release, Ordering::Relaxed)
+                .is_ok()
+        };
+        if !kept {
+            self.lanes[lane].keep.end();
+        }
+        kept
+    }
+
+    /// Takes a kept token from its keeper. For a sender whose `fetch_or` saw KEPT. `true`: the token is the caller's.
+    #[cold]
+    pub(super) fn unkeep(&self) -> bool {
+        // Of many senders that saw KEPT, the one that clears it revokes.
+        let before = self.word.fetch_and(!KEPT, at(Site::Unkeep, Ordering::Acquire));
+        if before & KEPT == 0 && !planted(Bug::RevokeTogether) {
+            return false;
+        }
+        self.lanes[self.keeper.load(Ordering::Relaxed) as usize]
+            .keep
+            .revoke()
+    }
+
+    /// Whether the keeper of the token, if it is kept, is in a turn. For who looks from outside.
+    pub(super) fn is_keeper_inside(&self) -> bool {
+        self.lanes[self.keeper.load(Ordering::Relaxed) as usize]
+            .keep
+            .is_inside()
     }
 
     /// Takes the bits of the lanes that have something out of the word. For the holder, who has to serve them.

@@ -15,13 +15,15 @@
 //! * An actor that panics is closed: its state is dropped, everyone who waits for it gets [`Closed`] at once, so
 //!   does everyone who sends later, and an [`Obituary`] names it. Stop ([`Port::stop`]) closes it in order, after
 //!   the sender's earlier messages.
-//! * On an idle `handoff` actor, ask and post make no system call and no allocation.
+//! * On an idle `handoff` actor, ask and post make no system call and no allocation; and no locked instruction for a sender
+//!   that has been alone with it for long.
 //!
 //! | file | what |
 //! |---|---|
 //! | `mailbox.rs` | the word of the run token, serving, handing over, closing |
 //! | `lane.rs` | one sender's way in: a ring of posts, a cell for a call |
 //! | `port.rs` | the sender's side: ask, post, fence, stop |
+//! | `keep.rs` | a sender that is alone for long keeps the token |
 //! | `placement.rs` | who runs a turn: the sender, a thread, a pool |
 //! | `park.rs` | spin, then sleep, without a lost wake-up |
 //! | `rank.rs` | who may wait for whom |
@@ -30,6 +32,7 @@
 //! | `models.rs` | loom models of the token, park and close protocols |
 //! | `planted.rs` | the mistakes that those and all other models must find |
 
+mod keep;
 mod lane;
 mod look;
 mod mailbox;

@@ -44,6 +44,13 @@ fn explore_looking(looks: u32, preemptions: usize, model: impl Fn() + Sync + Sen
     super::park::LOOKS.set(0);
 }
 
+/// The same with senders that keep the token after their first turn alone.
+fn explore_keeping(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
+    super::keep::KEEP_AFTER.set(1);
+    explore(preemptions, model);
+    super::keep::KEEP_AFTER.set(u32::MAX);
+}
+
 fn explore(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(preemptions);
@@ -400,5 +407,125 @@ pub(super) fn loom_a_pool_serves_everybody() {
         assert_eq!(a.ask(0).unwrap().0, 11);
         drop((a, address));
         worker.join().unwrap();
+    });
+}
+
+#[test]
+pub(super) fn loom_a_keeper_and_who_comes() {
+    // The keeper is before, in, between or after its turns when the other comes, and may keep the token again.
+    explore_keeping(3, || {
+        let address = adder(2);
+        let (mut keeper, mut other) = (address.connect().unwrap(), address.connect().unwrap());
+        assert_eq!(keeper.ask(1).unwrap(), (1, 1));
+        let other = thread::spawn(move || other.ask(10).unwrap().0);
+        let mine = [keeper.ask(1).unwrap().0, keeper.ask(1).unwrap().0];
+        let theirs = other.join().unwrap();
+        assert!((11..=13).contains(&theirs), "{theirs}");
+        let expected = [2, 3].map(|sum| if sum + 10 > theirs { sum + 10 } else { sum });
+        assert_eq!(mine, expected, "theirs was {theirs}");
+        assert_eq!(keeper.ask(0).unwrap(), (13, 5));
+    });
+}
+
+#[test]
+pub(super) fn loom_a_keeper_that_is_away_keeps_nobody_waiting() {
+    // It does nothing, and is gone in the end: whoever comes takes the token and keeps it in turn.
+    explore_keeping(3, || {
+        let address = adder(3);
+        let mut keeper = address.connect().unwrap();
+        assert_eq!(keeper.ask(1).unwrap(), (1, 1));
+        let others: Vec<_> = (0..2)
+            .map(|_| {
+                let mut port = address.connect().unwrap();
+                thread::spawn(move || {
+                    port.post(10).unwrap();
+                    port.fence().unwrap();
+                })
+            })
+            .collect();
+        others.into_iter().for_each(|other| other.join().unwrap());
+        drop(keeper);
+        // In the keeper's lane.
+        assert_eq!(address.connect().unwrap().ask(0).unwrap().0, 21);
+    });
+}
+
+#[test]
+pub(super) fn loom_a_kept_token_is_revoked_once() {
+    // Two come at once, while the keeper is in a turn or not, and comes back or not.
+    explore_keeping(2, || {
+        let address = adder(3);
+        let mut keeper = address.connect().unwrap();
+        keeper.ask(1).unwrap();
+        let others: Vec<_> = (0..2)
+            .map(|_| {
+                let mut port = address.connect().unwrap();
+                thread::spawn(move || port.post(10).unwrap())
+            })
+            .collect();
+        keeper.ask(1).unwrap();
+        others.into_iter().for_each(|other| other.join().unwrap());
+        // Whatever was posted is in nobody's lane any more: the last one to let go has seen it.
+        assert_eq!(keeper.ask(0).unwrap().0, 22);
+    });
+}
+
+#[test]
+pub(super) fn loom_a_keeper_meets_the_end() {
+    // The actor panics in a turn of its keeper, which somebody else is about to revoke; or the other way round.
+    for theirs in [false, true] {
+        explore_keeping(3, move || {
+            let address = Address::spawn(Mortal, "mortal", Placement::Handoff, 2, |_| {})
+                .expect("no thread is started")
+                .address;
+            let (mut keeper, mut other) = (address.connect().unwrap(), address.connect().unwrap());
+            keeper.ask(false).unwrap();
+            let other = thread::spawn(move || other.ask(theirs));
+            let mine = keeper.ask(!theirs);
+            let theirs_ended = other.join().unwrap();
+            match theirs {
+                true => assert_eq!(theirs_ended, Err(Closed)),
+                false => assert_eq!(mine, Err(Closed)),
+            }
+            assert!(address.is_closed());
+            assert_eq!(keeper.ask(false), Err(Closed));
+        });
+    }
+}
+
+#[test]
+pub(super) fn loom_a_keeper_can_fence_and_stop() {
+    explore_keeping(3, || {
+        let address = adder(2);
+        let (mut keeper, mut other) = (address.connect().unwrap(), address.connect().unwrap());
+        keeper.post(1).unwrap();
+        let other = thread::spawn(move || match other.ask(10) {
+            Ok((sum, _)) => assert!((11..=12).contains(&sum), "{sum}"),
+            Err(Closed) => {}
+        });
+        keeper.post(1).unwrap();
+        keeper.fence().unwrap();
+        keeper.stop();
+        assert!(address.is_closed());
+        other.join().unwrap();
+    });
+}
+
+#[test]
+pub(super) fn loom_who_revokes_knows_who_keeps() {
+    // Of two that find the first keeper, one serves both, a third then keeps the token, and only now the other revokes.
+    explore_keeping(3, || {
+        let address = adder(4);
+        let mut ports: Vec<_> = (0..4).map(|_| address.connect().unwrap()).collect();
+        let (mut first, mut third) = (ports.pop().unwrap(), ports.pop().unwrap());
+        first.ask(1).unwrap();
+        let others: Vec<_> = ports
+            .into_iter()
+            .map(|mut port| thread::spawn(move || port.post(10).unwrap()))
+            .collect();
+        third.ask(100).unwrap();
+        third.ask(100).unwrap();
+        others.into_iter().for_each(|other| other.join().unwrap());
+        assert_eq!(first.ask(0).unwrap().0, 221);
     });
 }

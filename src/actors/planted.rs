@@ -57,6 +57,21 @@ pub(crate) enum Site {
     Kill,
     /// The asker sees any of these three.
     Settled,
+    // actors/keep.rs, mailbox.rs
+    /// The token is let go and kept.
+    Keep,
+    /// Somebody is the one that revokes it.
+    Unkeep,
+    /// The keeper has said that it is in a turn, and looks.
+    KeeperEnters,
+    /// It says that it is not.
+    KeeperLeaves,
+    /// It has, and looks.
+    KeeperLooks,
+    /// Whoever comes has revoked, and looks.
+    Revoke,
+    /// It sees that the keeper is not in a turn.
+    RevokerLooks,
     // vcpu/kick.rs
     /// A kicker marks the word.
     Mark,
@@ -105,6 +120,16 @@ pub(crate) enum Bug {
     SleepBlindly,
     /// It prepares its bell only when it can be rung already.
     BellLate,
+    /// Whoever comes takes a kept token without a look at its keeper.
+    RevokeBlindly,
+    /// Both sides claim a revoked token, and both get it.
+    ClaimBlindly,
+    /// The keeper does not look whether it was revoked during its turn.
+    KeepBlindly,
+    /// Everybody who finds a token kept revokes it.
+    RevokeTogether,
+    /// A token is kept whatever has come in.
+    KeepWhatever,
     // vcpu/kick.rs
     /// The signal is sent before the mark.
     SignalFirst,

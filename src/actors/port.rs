@@ -1,7 +1,8 @@
 //! The sender's side of a mailbox.
 
+use super::keep::keep_after;
 use super::lane::{Call, DEAD, DONE, GRANTED, LANE_CREDITS, LEFT, PARKED, WAITING};
-use super::mailbox::{ASLEEP, CLOSED, Core, HELD, Met, lane_bit};
+use super::mailbox::{ASLEEP, CLOSED, Core, HELD, KEPT, Met, lane_bit};
 use super::park::{look, spin_until, yield_until};
 use super::placement::{Placement, Runner};
 use super::rank::{self, MayWait, RankGuard};
@@ -109,6 +110,7 @@ impl<A: Actor> Address<A> {
                     lane: index,
                     stopped: false,
                     friends: Friends::default(),
+                    alone: keep_after(),
                     opening: match self.core.runner.is_sender() {
                         true => Opening::Alone,
                         false => Opening::Register,
@@ -149,6 +151,8 @@ pub struct Port<A: Actor> {
     stopped: bool,
     friends: Friends,
     opening: Opening,
+    /// Turns alone until it keeps the token.
+    alone: u32,
 }
 
 /// What a sender does first.
@@ -156,6 +160,8 @@ pub struct Port<A: Actor> {
 enum Opening {
     /// It takes the token, if the actor is idle. It has no friends.
     Alone,
+    /// It has kept the token, and goes on as long as nobody has revoked it.
+    Keeper,
     /// The same, and it has.
     Among,
     /// It leaves its ask in its lane and looks: its last one was served by somebody else, and soon.
@@ -259,10 +265,63 @@ impl<A: Actor> Port<A> {
     /// Takes the token if the actor is idle, so that the message can be handled by a turn of our own: for who has nobody
     /// else to think of.
     #[inline(always)]
-    fn take_alone(&self) -> bool {
-        // Idle: nobody runs it and nothing is queued, so ours is the oldest message there is. See the module
-        // documentation of `mailbox` for why 0 means that.
-        self.opening == Opening::Alone && self.core.try_hold()
+    fn take_alone(&mut self) -> bool {
+        match self.opening {
+            Opening::Keeper => self.core.lanes[self.lane].keep.enter() || self.not_entered(),
+            // Idle: nobody runs it and nothing is queued, so ours is the oldest message there is. See the module
+            // documentation of `mailbox` for why 0 means that.
+            Opening::Alone => self.core.try_hold(),
+            _ => false,
+        }
+    }
+
+    /// Lets go of the token after a turn alone.
+    #[inline(always)]
+    fn let_go(&mut self) {
+        if self.opening == Opening::Keeper {
+            if !self.core.lanes[self.lane].keep.leave() && !planted(Bug::KeepBlindly) {
+                self.kept_no_more();
+            }
+            return;
+        }
+        self.alone -= 1;
+        if self.alone == 0 {
+            self.keep();
+        } else if !self.core.try_release() {
+            self.combine();
+        }
+    }
+
+    /// Nobody has come for long: keeps the token, where that is possible.
+    #[cold]
+    fn keep(&mut self) {
+        self.alone = keep_after();
+        if self.core.keepable {
+            if self.core.try_keep(self.lane) {
+                self.opening = Opening::Keeper;
+            } else {
+                self.combine();
+            }
+        } else if !self.core.try_release() {
+            self.combine();
+        }
+    }
+
+    /// The keeper was revoked before a turn. `false`: it has not taken the token for it.
+    #[cold]
+    fn not_entered(&mut self) -> bool {
+        self.core.lanes[self.lane].keep.leave();
+        self.kept_no_more();
+        false
+    }
+
+    /// The keeper was revoked, and is not in a turn now.
+    #[cold]
+    fn kept_no_more(&mut self) {
+        self.open(false);
+        if self.core.lanes[self.lane].keep.claim() {
+            self.combine();
+        }
     }
 
     /// The same for who has friends.
@@ -279,6 +338,7 @@ impl<A: Actor> Port<A> {
             _ if self.friends.lanes != 0 => Opening::Among,
             _ => Opening::Alone,
         };
+        self.alone = keep_after();
     }
 
     /// Has served these lanes.
@@ -306,13 +366,12 @@ impl<A: Actor> Port<A> {
     ) -> Result<R, Closed> {
         match self.core.turn_at(rank, message, then) {
             Ok(reply) => {
-                if !self.core.try_release() {
-                    self.combine();
-                }
+                self.let_go();
                 Ok(reply)
             }
             Err(obituary) => {
                 self.core.die(obituary);
+                self.open(false);
                 Err(Closed)
             }
         }
@@ -476,7 +535,9 @@ impl<A: Actor> Port<A> {
     pub fn fence(&mut self) -> Result<(), Closed> {
         rank::assert_may_wait_for(A::RANK, &self.core.name);
         // The lane's head is moved before the turn runs, so an empty lane is not enough: the word tells.
-        let idle = self.core.word.load(at(Site::Fence, Ordering::Acquire)) == 0;
+        // A token is kept only where nothing was left in any lane.
+        let word = self.core.word.load(at(Site::Fence, Ordering::Acquire));
+        let idle = word == 0 || word == HELD | KEPT;
         if idle || planted(Bug::FenceByLane) && self.core.lanes[self.lane].backlog() == 0 {
             return Ok(());
         }
@@ -535,6 +596,12 @@ impl<A: Actor> Port<A> {
                     }
                 }
                 Runner::Resident => unreachable!("a resident never lets go of its token"),
+            }
+        } else if before & KEPT != 0 {
+            if core.unkeep() {
+                let served = core.combine_from(self.lane);
+                self.befriend(served);
+                return Ok(true);
             }
         } else if before & ASLEEP != 0 {
             core.ring();

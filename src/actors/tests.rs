@@ -1,6 +1,7 @@
 //! The contract of the runtime, under every placement.
 
 mod faults;
+mod keep;
 
 use super::*;
 use std::sync::Arc;
