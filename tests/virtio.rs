@@ -3,6 +3,8 @@
 
 #[path = "virtio/balloon.rs"]
 mod balloon;
+#[path = "virtio/console.rs"]
+mod console;
 #[path = "virtio/driver.rs"]
 mod driver;
 #[path = "virtio/machine.rs"]
@@ -165,6 +167,7 @@ fn driver_ok_against_a_pause_leaves_a_device_that_serves() {
         let mut block = Driver::new(&machine, transport, 0);
         let (header, data, status) = (0x30_0000, 0x40_0000, 0x32_0000);
         let (over, is_over) = bounded::<()>(0);
+        let (begin, begun) = bounded(1);
         let address = machine.address.clone();
         // Pauses without end, which fall before, into and behind the driver's steps as it happens.
         let pauses = std::thread::spawn(move || {
@@ -172,10 +175,12 @@ fn driver_ok_against_a_pause_leaves_a_device_that_serves() {
             while let Err(TryRecvError::Empty) = is_over.try_recv() {
                 assert_eq!(address.ask(Command::Pause), Answer::Done(State::Paused));
                 assert_eq!(address.ask(Command::Resume), Answer::Done(State::Running));
+                let _ = begin.try_send(());
                 count += 1;
             }
             count
         });
+        begun.recv_timeout(machine::LIMIT).expect("a pause");
         for round in 0..20 {
             block.start();
             block_header(&machine, header, 0, 0);

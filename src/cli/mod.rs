@@ -1,9 +1,11 @@
 //! The command line: what a user types, turned into a [`MachineConfig`], and an exit status back.
 
 pub mod bench;
+mod consoles;
 mod ctl;
 pub mod doctor;
 
+use self::consoles::{ConsoleChoice, Consoles};
 use crate::actors::PlacementKind;
 use crate::boot::{BootConfig, BootProtocol, Unpack};
 use crate::devices::tarpit::Mire;
@@ -58,9 +60,9 @@ struct Run {
     /// Initial RAM disk
     #[arg(long, value_name = "FILE", requires = "kernel")]
     initrd: Option<PathBuf>,
-    /// Kernel command line
-    #[arg(long, value_name = "TEXT", default_value = DEFAULT_CMDLINE, requires = "kernel")]
-    cmdline: String,
+    /// Kernel command line [default: the consoles and panic=-1, as in console=ttyS0 panic=-1]
+    #[arg(long, value_name = "TEXT", requires = "kernel")]
+    cmdline: Option<String>,
     /// Boots the guest that is carried in this program: it says hello, tries interrupts, SMP and the devices, and
     /// powers off
     #[arg(long, conflicts_with_all = ["kernel", "initrd", "cmdline", "boot", "unpack"])]
@@ -91,9 +93,10 @@ struct Run {
     /// Where a device actor runs: handoff (on the vCPU that needs it), thread or pool; may be repeated
     #[arg(long, value_name = "DEVICE=PLACEMENT", value_parser = parse_placement)]
     placement: Vec<(String, PlacementKind)>,
-    /// Where the first serial port goes: stdio, file:PATH, pty or off
-    #[arg(long, value_name = "WHERE", default_value = "stdio")]
-    console: ConsoleKind,
+    /// Where the first serial port goes: stdio, file:PATH, pty or off [default: stdio]; or virtio (a virtio console on
+    /// stdio, in the serial port's place), or virtio:WHERE; once for each of the two
+    #[arg(long, value_name = "[virtio:]WHERE")]
+    console: Vec<ConsoleChoice>,
     /// Where bytes written to the debug console (port 0xe9) go: as for --console
     #[arg(long, value_name = "WHERE", default_value = "off")]
     debug_console: ConsoleKind,
@@ -145,9 +148,6 @@ struct Run {
     #[arg(long, value_name = "SECS", value_parser = parse_seconds, allow_negative_numbers = true)]
     timeout: Option<Duration>,
 }
-
-/// A serial console, and a reset instead of a hang after a panic.
-const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1";
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Boot {
@@ -224,12 +224,13 @@ fn parse_seconds(text: &str) -> Result<Duration, String> {
 }
 
 impl Run {
-    fn resolve(&self) -> MachineConfig {
+    /// `consoles`: what all of `--console` say together.
+    fn resolve(&self, consoles: Consoles) -> MachineConfig {
         let guest = match &self.kernel {
             Some(kernel) => Guest::Kernel(BootConfig {
                 kernel: kernel.clone(),
                 initrd: self.initrd.clone(),
-                cmdline: self.cmdline.clone(),
+                cmdline: self.cmdline.clone().unwrap_or_else(|| consoles.cmdline()),
                 protocol: match self.boot {
                     Boot::Auto => BootProtocol::Auto,
                     Boot::Linux => BootProtocol::Linux,
@@ -257,7 +258,7 @@ impl Run {
             },
             dispatch: self.dispatch,
             placements: self.placement.clone(),
-            console: self.console.clone(),
+            console: consoles.serial,
             debug_console: self.debug_console.clone(),
             delay: self.delay_port,
             virtio: VirtioConfig {
@@ -266,6 +267,7 @@ impl Run {
                 rng: self.rng,
                 vsock: self.vsock.clone(),
                 balloon: self.balloon.clone(),
+                console: consoles.virtio,
                 transport: self.transport,
                 notify: self.notify,
             },
@@ -288,14 +290,15 @@ impl Run {
             LogLevel::Info => Level::Info,
             LogLevel::Debug => Level::Debug,
         };
-        if let Err(problem) = self.check() {
-            return complain(&problem, status::BAD_INPUT);
-        }
+        let consoles = match self.check() {
+            Ok(consoles) => consoles,
+            Err(problem) => return complain(&problem, status::BAD_INPUT),
+        };
         let (log, log_handle) = match hostlog::start(level) {
             Ok(log) => log,
             Err(error) => return complain(&format!("cannot start the log: {error}"), status::HOST_TROUBLE),
         };
-        let result = supervisor::run(&self.resolve(), &log);
+        let result = supervisor::run(&self.resolve(consoles), &log);
         terminal::restore();
         match result {
             Ok(outcome) => {
@@ -316,11 +319,11 @@ impl Run {
     }
 
     /// What clap cannot see.
-    fn check(&self) -> Result<(), String> {
+    fn check(&self) -> Result<Consoles, String> {
         if !(1..=MAX_CPUS).contains(&self.cpus) {
             return Err(format!("--cpus must be 1 to {MAX_CPUS}, not {}", self.cpus));
         }
-        Ok(())
+        Consoles::new(&self.console)
     }
 }
 
@@ -402,7 +405,7 @@ mod tests {
                     --console file:/x --boot pvh --unpack guest --timeout 2.5 --transport pci";
         let cli = parse(&args.split_whitespace().collect::<Vec<_>>()).unwrap();
         let Command::Run(run) = cli.command else { panic!() };
-        let config = run.resolve();
+        let config = run.resolve(run.check().unwrap());
         assert_eq!((config.cpus, config.memory.size_bytes), (3, 3 << 29));
         assert_eq!(config.placements, [("rtc".to_string(), PlacementKind::Pool)]);
         assert_eq!(config.console, ConsoleKind::File("/x".into()));

@@ -16,8 +16,10 @@ use crate::host::character::{Waker, wake};
 use crate::host::events::HostEvent;
 use crate::host::signals::{self, Signals};
 use crate::host::socket::OwnedSocket;
+use crate::host::terminal;
 use crate::machine::request::{Answer, MachineAddress, Reply};
 use crate::vcpu::kick::KickHandle;
+use crate::virtio::console::SizeSwitch;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -50,6 +52,8 @@ pub struct Plane {
     pub kicks: Vec<KickHandle>,
     /// Guest memory, if there is any.
     pub memory: Option<Arc<MemoryWatch>>,
+    /// The size of the guest's terminal, if it is this one.
+    pub size: Option<SizeSwitch>,
     /// For what goes wrong.
     pub log: Logger,
 }
@@ -245,6 +249,10 @@ impl Running {
         for signal in self.plane.signals.pending() {
             if signals::ends(signal) {
                 self.plane.machine.host(HostEvent::Signal(signal));
+            } else if signal == libc::SIGWINCH {
+                if let (Some(size), Some((columns, rows))) = (&self.plane.size, terminal::size()) {
+                    size.set(columns, rows);
+                }
             } else {
                 // In one record, which has one place in the log's queue however many vCPUs there are.
                 let lines = self.plane.observatory.look().graph().lines;

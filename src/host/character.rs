@@ -30,8 +30,20 @@ struct Flags {
 
 /// The device's end. Used in its turns only.
 pub struct CharacterEnd {
-    output: Producer<u8>,
-    input: Consumer<u8>,
+    output: Output,
+    input: Input,
+}
+
+/// The half of a device's end that it sends by.
+pub struct Output {
+    ring: Producer<u8>,
+    flags: Arc<Flags>,
+    waker: Waker,
+}
+
+/// The half that it receives by.
+pub struct Input {
+    ring: Consumer<u8>,
     flags: Arc<Flags>,
     waker: Waker,
 }
@@ -45,7 +57,13 @@ pub struct HostEnd {
 
 /// A pair of ends.
 pub fn pair(waker: Waker) -> (CharacterEnd, HostEnd) {
-    let (output_in, output_out) = RingBuffer::new(RING_BYTES);
+    let ((output, input), host) = halves(waker, RING_BYTES);
+    (CharacterEnd { output, input }, host)
+}
+
+/// The same for a device whose two directions have an actor each. `output_bytes`: what the ring for output holds.
+pub fn halves(waker: Waker, output_bytes: usize) -> ((Output, Input), HostEnd) {
+    let (output_in, output_out) = RingBuffer::new(output_bytes);
     let (input_in, input_out) = RingBuffer::new(RING_BYTES);
     let flags = Arc::new(Flags {
         loop_rests: Wish::new(true),
@@ -53,52 +71,103 @@ pub fn pair(waker: Waker) -> (CharacterEnd, HostEnd) {
         input_wanted: Wish::new(false),
         dropped: AtomicU64::new(0),
     });
-    (
-        CharacterEnd {
-            output: output_in,
-            input: input_out,
-            flags: flags.clone(),
-            waker,
-        },
-        HostEnd {
-            output: output_out,
-            input: input_in,
-            flags,
-        },
-    )
+    let output = Output {
+        ring: output_in,
+        flags: flags.clone(),
+        waker: waker.clone(),
+    };
+    let input = Input {
+        ring: input_out,
+        flags: flags.clone(),
+        waker,
+    };
+    let host = HostEnd {
+        output: output_out,
+        input: input_in,
+        flags,
+    };
+    ((output, input), host)
 }
 
 impl CharacterEnd {
     /// Gives a byte to the host. `false`: it was taken (if the device was not told `false` before), and there is
     /// no room for another until [`HostEnd::wants_output_ready`] was answered.
     pub fn transmit(&mut self, byte: u8) -> bool {
-        if self.output.push(byte).is_err() {
+        if self.output.ring.push(byte).is_err() {
             self.lose();
         }
-        if self.flags.loop_rests.is_due(|| true) {
-            wake(&self.waker);
-        }
-        !self.output.is_full() || !self.flags.output_wanted.express(|| !self.output.is_full())
+        self.output.tell();
+        self.output.has_room()
     }
 
     /// Counts a byte that the device could not keep while there was no room.
     pub fn lose(&self) {
         // A sum that is read when it does not change any more orders nothing.
-        self.flags.dropped.fetch_add(1, Ordering::Relaxed);
+        self.output.flags.dropped.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Takes a byte from the host.
     pub fn receive(&mut self) -> Option<u8> {
-        let byte = self.input.pop().ok()?;
-        // Not at the first free byte: a paste would cost a wake-up each.
-        if self
-            .flags
-            .input_wanted
-            .is_due(|| self.input.slots() <= RING_BYTES / 2)
-        {
+        let byte = self.input.ring.pop().ok()?;
+        self.input.tell();
+        Some(byte)
+    }
+}
+
+impl Output {
+    /// Gives bytes to the host; returns how many were taken, which is as many as there was room for.
+    pub fn send(&mut self, bytes: &[u8]) -> usize {
+        let sent = push(&mut self.ring, bytes);
+        if sent > 0 {
+            self.tell();
+        }
+        sent
+    }
+
+    /// Whether there is room for a byte. If not, the device is told when there is ([`HostEnd::wants_output_ready`]).
+    pub fn has_room(&self) -> bool {
+        !self.ring.is_full() || !self.flags.output_wanted.express(|| !self.ring.is_full())
+    }
+
+    fn tell(&self) {
+        if self.flags.loop_rests.is_due(|| true) {
             wake(&self.waker);
         }
-        Some(byte)
+    }
+}
+
+impl Input {
+    /// Whether there is something.
+    pub fn is_empty(&self) -> bool {
+        self.ring.is_empty()
+    }
+
+    /// Copies what is there, as much as there is room for; returns how much.
+    pub fn peek(&mut self, bytes: &mut [u8]) -> usize {
+        let length = self.ring.slots().min(bytes.len());
+        let Ok(chunk) = self.ring.read_chunk(length) else {
+            return 0;
+        };
+        let (first, second) = chunk.as_slices();
+        bytes[..first.len()].copy_from_slice(first);
+        bytes[first.len()..length].copy_from_slice(second);
+        length
+    }
+
+    /// So many of these bytes were passed on.
+    pub fn consume(&mut self, bytes: usize) {
+        if let Ok(chunk) = self.ring.read_chunk(bytes) {
+            chunk.commit_all();
+        }
+        self.tell();
+    }
+
+    fn tell(&self) {
+        // Not at the first free byte: a paste would cost a wake-up each.
+        let wanted = &self.flags.input_wanted;
+        if wanted.is_due(|| self.ring.slots() <= RING_BYTES / 2) {
+            wake(&self.waker);
+        }
     }
 }
 
@@ -119,7 +188,7 @@ impl HostEnd {
     pub fn wants_output_ready(&self) -> bool {
         self.flags
             .output_wanted
-            .is_due(|| self.output.slots() <= RING_BYTES / 2)
+            .is_due(|| self.output.slots() <= self.output.buffer().capacity() / 2)
     }
 
     /// The event loop is about to rest: from now on the device wakes it. `false`: not now, there is output.
@@ -152,7 +221,11 @@ impl HostEnd {
 
 /// As many as there is room for.
 fn push(ring: &mut Producer<u8>, bytes: &[u8]) -> usize {
-    bytes.iter().take_while(|byte| ring.push(**byte).is_ok()).count()
+    let length = ring.slots().min(bytes.len());
+    match ring.write_chunk_uninit(length) {
+        Ok(chunk) => chunk.fill_from_iter(bytes.iter().copied()),
+        Err(_) => 0,
+    }
 }
 
 /// Adds 1 to an eventfd. It can only fail if the counter is full, and then the loop is awake anyway.
@@ -234,7 +307,7 @@ mod tests {
             for n in 0..BYTES {
                 // Like a UART: after "no room", wait until told (here: until there is room).
                 if !device.transmit(n as u8) {
-                    while device.output.is_full() {
+                    while device.output.ring.is_full() {
                         std::thread::yield_now();
                     }
                 }

@@ -38,7 +38,7 @@ impl FromStr for ConsoleKind {
                 Some("") => Err("file: needs a path behind the colon".into()),
                 Some(path) => Ok(ConsoleKind::File(path.into())),
                 None => Err(format!(
-                    "'{text}' is not a console; there are stdio, file:PATH, pty and off"
+                    "'{text}' is not a console; there are stdio, file:PATH, pty and off, and virtio and serial before these"
                 )),
             },
         }
@@ -63,8 +63,15 @@ pub enum ConsoleError {
     #[error("the host gives no pseudo-terminal for the console")]
     Pty(#[source] std::io::Error),
     /// Two consoles on one place.
-    #[error("--console and --debug-console both go to {0}; send one of them elsewhere")]
-    Same(String),
+    #[error("{one} and {other} both go to {place}; send one of them elsewhere")]
+    Same {
+        /// An option.
+        one: &'static str,
+        /// Another.
+        other: &'static str,
+        /// Where both go.
+        place: String,
+    },
     /// It would be written over.
     #[error("{option} would write over {path}, which is the file of {user}; send it elsewhere")]
     Used {
@@ -101,37 +108,36 @@ pub struct Console {
     pub comes_and_goes: bool,
 }
 
-/// Whether consoles would write over each other, or over a file that the machine is made of. `used`: those files, with
-/// the option of each.
+/// Whether consoles, each with its option, would write over each other, or over a file that the machine is made of. `used`:
+/// those files, with the option of each.
 ///
 /// # Errors
 /// [`ConsoleError::Same`], [`ConsoleError::Used`].
 pub fn check_distinct(
-    console: &ConsoleKind,
-    debug: &ConsoleKind,
+    consoles: &[(&'static str, &ConsoleKind)],
     used: &[(&'static str, &Path)],
 ) -> Result<(), ConsoleError> {
-    if (console, debug) == (&ConsoleKind::Stdio, &ConsoleKind::Stdio) {
-        return Err(ConsoleError::Same("stdio".into()));
-    }
-    fn file(kind: &ConsoleKind) -> Option<&Path> {
-        match kind {
-            ConsoleKind::File(path) => Some(path),
-            _ => None,
+    for (number, (option, kind)) in consoles.iter().enumerate() {
+        for (earlier, other) in &consoles[..number] {
+            let place = match (kind, other) {
+                (ConsoleKind::Stdio, ConsoleKind::Stdio) => "stdio".into(),
+                (ConsoleKind::File(path), ConsoleKind::File(other)) if place(path) == place(other) => {
+                    other.display().to_string()
+                }
+                _ => continue,
+            };
+            return Err(ConsoleError::Same {
+                one: earlier,
+                other: option,
+                place,
+            });
         }
-    }
-    if let (Some(one), Some(other)) = (file(console), file(debug))
-        && place(one) == place(other)
-    {
-        return Err(ConsoleError::Same(one.display().to_string()));
-    }
-    for (option, kind) in [("--console", console), ("--debug-console", debug)] {
-        let Some(path) = file(kind) else { continue };
+        let ConsoleKind::File(path) = kind else { continue };
         if let Some((user, _)) = used.iter().find(|(_, file)| place(file) == place(path)) {
             return Err(ConsoleError::Used {
                 option,
                 user,
-                path: path.into(),
+                path: path.clone(),
             });
         }
     }

@@ -93,8 +93,21 @@ pub struct CharacterDevice {
     pub console: Console,
     /// The rings.
     pub end: HostEnd,
-    /// Whom to tell that there is input or room: the device's number.
-    pub device: usize,
+    /// Whom to tell that there is input or room.
+    pub recipient: Recipient,
+}
+
+/// Who is told of input and of room for output.
+pub enum Recipient {
+    /// The device with this number.
+    Device(usize),
+    /// Actors of their own, who sleep on these.
+    Actors {
+        /// Written when there is input.
+        input: Waker,
+        /// Written when there is room.
+        room: Waker,
+    },
 }
 
 /// A device with deadlines, as the loop sees it.
@@ -431,7 +444,7 @@ impl Line {
 
     /// Gives the device what was typed, and the news that it has not got yet.
     fn deliver(&mut self, devices: &mut dyn Deliver, activity: &Activity) {
-        let CharacterDevice { end, device, .. } = &mut self.device;
+        let CharacterDevice { end, recipient, .. } = &mut self.device;
         if !self.typed.is_empty() {
             let given = end.give(&self.typed);
             self.typed.drain(..given);
@@ -441,14 +454,26 @@ impl Line {
         if self.output_told && self.input_told {
             return;
         }
-        activity.at_device(*device);
-        if !self.output_told {
-            self.output_told = devices.try_send(*device, DeviceMessage::OutputReady);
+        match recipient {
+            Recipient::Device(device) => {
+                activity.at_device(*device);
+                if !self.output_told {
+                    self.output_told = devices.try_send(*device, DeviceMessage::OutputReady);
+                }
+                if !self.input_told {
+                    self.input_told = devices.try_send(*device, DeviceMessage::InputReady);
+                }
+                activity.asleep();
+            }
+            Recipient::Actors { input, room } => {
+                if !std::mem::replace(&mut self.output_told, true) {
+                    wake(room);
+                }
+                if !std::mem::replace(&mut self.input_told, true) {
+                    wake(input);
+                }
+            }
         }
-        if !self.input_told {
-            self.input_told = devices.try_send(*device, DeviceMessage::InputReady);
-        }
-        activity.asleep();
     }
 
     /// Whether somebody is on the other side of a pseudo-terminal.

@@ -5,14 +5,14 @@
 //! | INT, TERM, HUP, QUIT | the machine ends in order; a second one ends the program at once |
 //! | USR1 | what every actor does, into the log |
 //! | TSTP, CONT | the terminal is given back and taken again; see [`super::terminal`] |
-//! | WINCH | nothing: the guest is on a serial line, which has no size |
+//! | WINCH | a virtio console is told how large the terminal is now; a serial line has no size |
 //! | PIPE | ignored, as Rust's runtime sets it: a reader that is gone is an error of the write |
 //! | BUS | see [`super::bus`] |
 //!
 //! They arrive at the control thread, which waits for nobody; so they are heard whatever is stuck.
 
 use super::terminal;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGWINCH};
 use signal_hook::iterator::backend::SignalDelivery;
 use signal_hook::iterator::exfiltrator::SignalOnly;
 use std::os::unix::net::UnixStream;
@@ -41,7 +41,7 @@ pub fn collect() -> std::io::Result<Signals> {
             .into_iter()
             .filter(|signal| *signal != SIGHUP || !is_ignored(SIGHUP))
     };
-    let wanted: Vec<i32> = ending().chain([SIGUSR1]).collect();
+    let wanted: Vec<i32> = ending().chain([SIGUSR1, SIGWINCH]).collect();
     unblock(&wanted)?;
     // First the pipe, then the second signal's handler: one that comes in between must be heard, not only counted.
     let signals = SignalDelivery::with_pipe(read, write, SignalOnly, &wanted)?;
@@ -67,7 +67,7 @@ pub fn keep_as_they_are() -> std::io::Result<()> {
     if ONCE.set(()).is_err() {
         return Ok(());
     }
-    let all = || ENDING.into_iter().chain([SIGUSR1]);
+    let all = || ENDING.into_iter().chain([SIGUSR1, SIGWINCH]);
     let before: Vec<_> = all().map(|signal| (signal, action(signal))).collect();
     // signal-hook installs a handler once in the life of a program.
     drop(collect()?);

@@ -24,6 +24,19 @@ fn stdin() -> BorrowedFd<'static> {
     unsafe { BorrowedFd::borrow_raw(0) }
 }
 
+/// Columns and rows of the terminal on stdout, or on stdin; 0 and 0 if it does not know. `None`: neither is one.
+pub fn size() -> Option<(u16, u16)> {
+    [libc::STDOUT_FILENO, libc::STDIN_FILENO]
+        .into_iter()
+        .find_map(|fd| {
+            // SAFETY: all-zero is a valid winsize.
+            let mut size: libc::winsize = unsafe { std::mem::zeroed() };
+            // SAFETY: TIOCGWINSZ writes a winsize to where it is told, which lives meanwhile.
+            let done = unsafe { libc::ioctl(fd, libc::TIOCGWINSZ, &mut size) };
+            (done == 0).then_some((size.ws_col, size.ws_row))
+        })
+}
+
 /// While this lives the terminal is raw.
 pub struct Raw(());
 

@@ -20,7 +20,7 @@ use crate::devices::{Access, AccessClass, Claim, Device, Direction};
 use crate::devices::{acpi_pm, debug_console, debug_exit, delay, i8042, pci_config, pvpanic, rtc, uart16550};
 use crate::host::character::{self, Waker};
 use crate::host::console::Console;
-use crate::host::events::{CharacterDevice, TimedDevice};
+use crate::host::events::{CharacterDevice, Recipient, TimedDevice};
 use crate::host::timer::TimerSlot;
 use crate::pci::decode::{Bus, DataPorts, Ecam, Functions, Window};
 use crate::pci::host_bridge::HostBridge;
@@ -288,8 +288,8 @@ impl Chipset {
         self.add(part, config);
     }
 
-    /// Adds a virtio device.
-    pub fn add_virtio(&mut self, placed: Placed, config: &ChipsetConfig) {
+    /// Adds a virtio device. `console`: where a console goes, if it is one.
+    pub fn add_virtio(&mut self, placed: Placed, console: Option<Console>, config: &ChipsetConfig) {
         let number = self.devices.len();
         let (base, claims) = match placed.place {
             Place::Mmio(address) => (address, mmio::CLAIMS),
@@ -309,6 +309,13 @@ impl Chipset {
             timed: false,
         };
         self.add(part, config);
+        if let (Some(host), Some(console)) = (placed.console, console) {
+            self.characters.push(CharacterDevice {
+                console,
+                end: host.end,
+                recipient: host.recipient,
+            });
+        }
         let queues = placed.queues.into_iter();
         self.queues.extend(queues.map(|queue| (number, queue)));
         self.switches.join(placed.switches);
@@ -330,7 +337,7 @@ impl Chipset {
             self.characters.push(CharacterDevice {
                 console,
                 end,
-                device: number,
+                recipient: Recipient::Device(number),
             });
             device_end
         });

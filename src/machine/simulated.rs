@@ -20,7 +20,7 @@ use crate::devices::rtc::MemorySize;
 use crate::devices::shell::DeviceMessage;
 use crate::devices::{Access, Claim, Context, Device, Width};
 use crate::host::console::{Console, ConsoleKind};
-use crate::host::events::{CharacterDevice, EventLoopHandle, Gate};
+use crate::host::events::{CharacterDevice, EventLoopHandle, Gate, Recipient};
 use crate::simulation::{self, Planted, draw, point};
 use crate::vcpu::kick::{self, KickHandle};
 use crate::vcpu::scripted::{ScriptedBackend, Source, Step};
@@ -225,7 +225,9 @@ fn play_events(
                 last[vcpu] = Some(round);
             }
             if line.end.wants_output_ready() {
-                let device = line.device;
+                let Recipient::Device(device) = line.recipient else {
+                    unreachable!("there is no other here");
+                };
                 gate.with(&mut |devices| {
                     devices.try_send(device, DeviceMessage::OutputReady);
                 });

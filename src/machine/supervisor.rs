@@ -175,7 +175,7 @@ impl StartError {
             StartError::Boot(_)
                 | StartError::NoSuchDevice { .. }
                 | StartError::PlacementWithoutActors(_)
-                | StartError::Console(ConsoleError::Same(_) | ConsoleError::Used { .. })
+                | StartError::Console(ConsoleError::Same { .. } | ConsoleError::Used { .. })
                 | StartError::Cpus(_)
                 | StartError::Console(ConsoleError::File { .. })
                 | StartError::Image
@@ -396,7 +396,8 @@ where
     config.check()?;
     let console = Console::open(&config.console)?;
     let debug_console = Console::open_output(&config.debug_console)?;
-    for console in [&console, &debug_console] {
+    let mut virtio_console = config.virtio.console.as_ref().map(Console::open).transpose()?;
+    for console in [&console, &debug_console].into_iter().chain(&virtio_console) {
         if console.comes_and_goes {
             // A person must find it whatever the log level is.
             crate::host::log::print(&format!("console: {}", console.name));
@@ -406,15 +407,21 @@ where
     let socket = config.control.as_deref().map(bind).transpose()?;
     kick::install_handler()?;
     let signals = signals::collect()?;
-    for console in [&console, &debug_console] {
+    for console in [&console, &debug_console].into_iter().chain(&virtio_console) {
         console.begin();
     }
 
     let address = inbox.address();
     let Inbox { sender, mailbox } = inbox;
     let clock = Clock::new();
-    let waker = Arc::new(EventFd::new(libc::EFD_NONBLOCK)?);
-    let raw = events::take_terminal(&console);
+    // A console's own actors have it already.
+    let its_waker = virtio.devices.iter().find_map(|device| device.console.as_ref());
+    let waker = match its_waker {
+        Some(host) => host.waker.clone(),
+        None => Arc::new(EventFd::new(libc::EFD_NONBLOCK)?),
+    };
+    let mut consoles = std::iter::once(&console).chain(&virtio_console);
+    let raw = consoles.find_map(events::take_terminal);
     let below_4g_bytes = config.memory.size_bytes.min(layout::PCI_HOLE);
     let chipset_config = ChipsetConfig {
         memory: MemorySize {
@@ -441,7 +448,8 @@ where
         log,
     };
     for placed in virtio::place(virtio.devices, &connections)? {
-        chipset.add_virtio(placed, &chipset_config);
+        let console = virtio_console.take_if(|_| placed.console.is_some());
+        chipset.add_virtio(placed, console, &chipset_config);
     }
     let devices = chipset.devices.len();
     let answered = chipset
@@ -517,7 +525,8 @@ struct Assembly<B> {
 }
 
 impl<B: Backend + Send + 'static> Assembly<B> {
-    fn run<D: Discipline>(self, mut discipline: D) -> Result<Outcome, StartError> {
+    fn run<D: Discipline>(mut self, mut discipline: D) -> Result<Outcome, StartError> {
+        let size = self.switches.size.take();
         let tell = self.sender.clone();
         let activity = Activity::new();
         let events = activity.view();
@@ -591,6 +600,7 @@ impl<B: Backend + Send + 'static> Assembly<B> {
                     observatory,
                     kicks: machine.kicks(),
                     memory,
+                    size,
                     log: self.log.clone(),
                 }
                 .start()
@@ -632,7 +642,16 @@ impl MachineConfig {
         if !(1..=MAX_CPUS).contains(&self.cpus) {
             return Err(StartError::Cpus(self.cpus));
         }
-        console::check_distinct(&self.console, &self.debug_console, &self.files())?;
+        let consoles = [
+            ("--console", Some(&self.console)),
+            ("--console virtio", self.virtio.console.as_ref()),
+            ("--debug-console", Some(&self.debug_console)),
+        ];
+        let consoles = consoles.into_iter();
+        let consoles: Vec<_> = consoles
+            .filter_map(|(option, kind)| Some((option, kind?)))
+            .collect();
+        console::check_distinct(&consoles, &self.files())?;
         if self.dispatch != Dispatch::Actor && !self.placements.is_empty() {
             return Err(StartError::PlacementWithoutActors(self.dispatch));
         }

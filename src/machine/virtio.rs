@@ -9,6 +9,7 @@ use crate::pci::decode::Bus;
 use crate::pci::msix::MessageWire;
 use crate::virtio::balloon::BalloonSwitch;
 use crate::virtio::config::Opened;
+use crate::virtio::console::{HostSide, SizeSwitch};
 use crate::virtio::interrupt::{Interrupter, Latch, MsixWord};
 use crate::virtio::mmio::{Mmio, QUEUE_NOTIFY, WINDOW_BYTES};
 use crate::virtio::net::LinkSwitch;
@@ -114,6 +115,8 @@ pub struct Placed {
     pub queues: Vec<QueueActor>,
     /// What of it can be switched.
     pub switches: Switches,
+    /// Of a console: the event loop's end.
+    pub console: Option<HostSide>,
 }
 
 /// What of devices can be switched from outside.
@@ -123,6 +126,8 @@ pub struct Switches {
     pub links: Vec<LinkSwitch>,
     /// The balloon.
     pub balloon: Option<BalloonSwitch>,
+    /// The size of the console.
+    pub size: Option<SizeSwitch>,
 }
 
 impl Switches {
@@ -130,6 +135,7 @@ impl Switches {
     pub fn join(&mut self, other: Switches) {
         self.links.extend(other.links);
         self.balloon = self.balloon.take().or(other.balloon);
+        self.size = self.size.take().or(other.size);
     }
 }
 
@@ -213,13 +219,16 @@ impl<L: Lines> Connections<'_, L> {
                 let bytes = self.memory.iter().map(GuestMemoryRegion::len).sum();
                 switches.balloon = Some(balloon.switch(first.bell().try_clone()?, bytes));
             }
+            if let Some(size) = opened.size {
+                switches.size = Some(size.switch(first.bell().try_clone()?));
+            }
         }
         let registers = Registers::new(opened.identity, self.memory.clone(), Box::new(Queues(remotes)));
         Ok((registers, queues, switches))
     }
 
-    fn mmio(&self, place: usize, opened: Opened) -> Result<Placed, L::Error> {
-        let name = opened.name;
+    fn mmio(&self, place: usize, mut opened: Opened) -> Result<Placed, L::Error> {
+        let (name, console) = (opened.name, opened.console.take());
         let (address, gsi) = (address(place), layout::VIRTIO_GSIS[place]);
         let (latch, line) = match self.notify {
             Notify::EventFd => (Some(Latch::new(self.lines.edge_eventfd(gsi)?)), None),
@@ -238,17 +247,18 @@ impl<L: Lines> Connections<'_, L> {
             line,
             queues,
             switches,
+            console,
         })
     }
 
     fn pci(
         &self,
         place: usize,
-        opened: Opened,
+        mut opened: Opened,
         bus: &Arc<Bus>,
         sources: Vec<Source>,
     ) -> Result<Placed, L::Error> {
-        let name = opened.name;
+        let (name, console) = (opened.name, opened.console.take());
         let msix_word = (self.notify == Notify::EventFd).then(|| Arc::new(MsixWord::new()));
         let interrupter = |number: usize| {
             Some(Interrupter::Msix {
@@ -280,6 +290,7 @@ impl<L: Lines> Connections<'_, L> {
             line: Some(self.lines.level(layout::VIRTIO_GSIS[place])?),
             queues,
             switches,
+            console,
         })
     }
 }

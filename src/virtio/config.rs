@@ -3,6 +3,7 @@
 
 use super::balloon::{self, Balloon, BalloonConfig};
 use super::block::{self, Block, Disk, DiskConfig, ImageError};
+use super::console::{self, HostSide, Size};
 use super::limit::{Limited, Limits};
 use super::net::config::Host;
 use super::net::{self, Link, Mac, NetConfig, NetError};
@@ -11,6 +12,8 @@ use super::registers::Identity;
 use super::rng::{self, Rng};
 use super::vsock::{self, VsockConfig, VsockError};
 use super::{Notify, Transport};
+use crate::host::console::ConsoleKind;
+use crate::host::terminal;
 use slog::Logger;
 use std::io;
 
@@ -30,6 +33,8 @@ pub struct VirtioConfig {
     pub vsock: Option<VsockConfig>,
     /// A balloon.
     pub balloon: Option<BalloonConfig>,
+    /// Where a console goes.
+    pub console: Option<ConsoleKind>,
     /// How drivers get at them.
     pub transport: Transport,
     /// How notifications travel.
@@ -41,7 +46,7 @@ pub struct VirtioConfig {
 pub enum VirtioError {
     /// Too many.
     #[error(
-        "{wanted} virtio devices (--disk, --net, --rng, --vsock, --balloon) are more than a machine can have ({MAX_DEVICES})"
+        "{wanted} virtio devices (--disk, --net, --rng, --vsock, --balloon, --console virtio) are more than a machine can have ({MAX_DEVICES})"
     )]
     TooMany {
         /// As asked for.
@@ -59,6 +64,9 @@ pub enum VirtioError {
     /// A balloon's timer.
     #[error("--balloon: the host gives no timer")]
     Balloon(#[source] io::Error),
+    /// A console's eventfds.
+    #[error("--console virtio: the host gives no descriptors for it")]
+    Console(#[source] io::Error),
     /// A limit's timer.
     #[error("--disk: the host gives no timer for its rate")]
     Timer(#[source] io::Error),
@@ -83,7 +91,10 @@ impl VirtioError {
             | VirtioError::SameMac(_) => true,
             VirtioError::Net(error) => error.is_bad_input(),
             VirtioError::Vsock(error) => error.is_bad_input(),
-            VirtioError::Random(_) | VirtioError::Balloon(_) | VirtioError::Timer(_) => false,
+            VirtioError::Random(_)
+            | VirtioError::Balloon(_)
+            | VirtioError::Console(_)
+            | VirtioError::Timer(_) => false,
         }
     }
 }
@@ -100,6 +111,7 @@ const NET_NAMES: [&str; MAX_DEVICES] = [
 const RNG_NAME: &str = "rng0";
 const VSOCK_NAME: &str = "vsock0";
 const BALLOON_NAME: &str = "balloon0";
+const CONSOLE_NAME: &str = "console0";
 
 impl VirtioConfig {
     /// The names of the devices, in the order of their places.
@@ -109,7 +121,8 @@ impl VirtioConfig {
         let rng = self.rng.then_some(RNG_NAME);
         let vsock = self.vsock.is_some().then_some(VSOCK_NAME);
         let balloon = self.balloon.is_some().then_some(BALLOON_NAME);
-        let others = [rng, vsock, balloon];
+        let console = self.console.is_some().then_some(CONSOLE_NAME);
+        let others = [rng, vsock, balloon, console];
         disks.chain(nets).chain(others.into_iter().flatten()).collect()
     }
 
@@ -118,7 +131,12 @@ impl VirtioConfig {
     /// # Errors
     /// [`VirtioError::TooMany`], [`VirtioError::SameTap`], [`VirtioError::SameMac`].
     pub fn check(&self) -> Result<(), VirtioError> {
-        let others = [self.rng, self.vsock.is_some(), self.balloon.is_some()];
+        let others = [
+            self.rng,
+            self.vsock.is_some(),
+            self.balloon.is_some(),
+            self.console.is_some(),
+        ];
         let others = others.into_iter().filter(|wanted| *wanted).count();
         let wanted = self.disks.len() + self.nets.len() + others;
         if wanted > MAX_DEVICES {
@@ -159,8 +177,7 @@ impl VirtioConfig {
                 name,
                 identity,
                 handlers: handlers.collect::<Result<_, _>>()?,
-                link: None,
-                balloon: None,
+                ..Opened::bare()
             });
         }
         for (name, config) in NET_NAMES.into_iter().zip(&self.nets) {
@@ -170,7 +187,7 @@ impl VirtioConfig {
                 identity: net.identity,
                 handlers: net.handlers,
                 link: Some(net.link),
-                balloon: None,
+                ..Opened::bare()
             });
         }
         if self.rng {
@@ -178,8 +195,7 @@ impl VirtioConfig {
                 name: RNG_NAME,
                 identity: rng::identity(),
                 handlers: vec![Box::new(Rng::open().map_err(VirtioError::Random)?)],
-                link: None,
-                balloon: None,
+                ..Opened::bare()
             });
         }
         if let Some(config) = &self.vsock {
@@ -188,8 +204,7 @@ impl VirtioConfig {
                 name: VSOCK_NAME,
                 identity: vsock.identity,
                 handlers: vsock.handlers,
-                link: None,
-                balloon: None,
+                ..Opened::bare()
             });
         }
         if let Some(config) = &self.balloon {
@@ -198,8 +213,21 @@ impl VirtioConfig {
                 name: BALLOON_NAME,
                 identity: opened_balloon.identity,
                 handlers: opened_balloon.handlers,
-                link: None,
                 balloon: Some(opened_balloon.balloon),
+                ..Opened::bare()
+            });
+        }
+        if let Some(kind) = &self.console {
+            let terminal = terminal::size().filter(|_| *kind == ConsoleKind::Stdio);
+            let size = terminal.map(|(columns, rows)| Size::new(columns, rows));
+            let console = console::open(size).map_err(VirtioError::Console)?;
+            opened.push(Opened {
+                name: CONSOLE_NAME,
+                identity: console.identity,
+                handlers: console.handlers,
+                console: Some(console.host),
+                size: console.size,
+                ..Opened::bare()
             });
         }
         Ok(opened)
@@ -218,6 +246,25 @@ pub struct Opened {
     pub link: Option<Link>,
     /// Of a balloon: what is known of it.
     pub balloon: Option<Balloon>,
+    /// Of a console: the other end.
+    pub console: Option<HostSide>,
+    /// Of a console that is a terminal: how large it is.
+    pub size: Option<Size>,
+}
+
+impl Opened {
+    /// Nothing yet.
+    fn bare() -> Opened {
+        Opened {
+            name: "",
+            identity: Identity::default(),
+            handlers: Vec::new(),
+            link: None,
+            balloon: None,
+            console: None,
+            size: None,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -235,7 +282,9 @@ mod tests {
         let log = Logger::root(slog::Discard, slog::o!());
         let error = config.open(&log).map(|_| ()).unwrap_err().to_string();
         assert!(
-            error.starts_with("17 virtio devices (--disk, --net, --rng, --vsock, --balloon)"),
+            error.starts_with(
+                "17 virtio devices (--disk, --net, --rng, --vsock, --balloon, --console virtio)"
+            ),
             "{error}"
         );
         assert_eq!(config.names().len(), MAX_DEVICES + 1);

@@ -6,6 +6,7 @@ use super::block::config::Format;
 use super::block::image::tests::Scratch;
 use super::block::qcow2::tests::made_image;
 use super::block::{Block, Disk, DiskConfig, Image};
+use super::console;
 use super::limit::{Allowance, Limited, Limits};
 use super::net;
 use super::net::control::Control;
@@ -156,6 +157,29 @@ fn subjects() -> Vec<Subject> {
         }),
         served: Outcome::Used(0),
         _kept: Box::new(()),
+    });
+    let console::tests::Handlers {
+        receive,
+        fill,
+        transmit,
+        reader,
+    } = console::tests::handlers();
+    all.push(Subject {
+        name: "console receive",
+        handler: receive,
+        probe: Box::new(move |rig| {
+            fill();
+            rig.request(&[W(0x5000, 16)])
+        }),
+        served: Outcome::Used(16),
+        _kept: Box::new(()),
+    });
+    all.push(Subject {
+        name: "console transmit",
+        handler: transmit,
+        probe: Box::new(|rig| rig.request(&[R(0x5000, 16)])),
+        served: Outcome::Used(0),
+        _kept: Box::new(reader),
     });
     for (name, features, handler) in balloon::tests::handlers() {
         all.push(Subject {

@@ -17,7 +17,7 @@
 //! | rate limits, around any handler | `limit.rs` |
 //! | descriptor chains from a guest, and back | `chain.rs`, `used.rs` |
 //! | interrupts that queues' actors raise themselves | `interrupt.rs` |
-//! | the devices | `rng.rs`, `block/`, `net/`, `vsock/`, `balloon/` |
+//! | the devices | `rng.rs`, `block/`, `net/`, `vsock/`, `balloon/`, `console/` |
 //! | what the user says, and what is opened for it | `config.rs`, `keys.rs` |
 //!
 //! [VIRTIO 1.2] is <https://docs.oasis-open.org/virtio/virtio/v1.2/virtio-v1.2.html>.
@@ -27,6 +27,7 @@ pub mod block;
 pub mod chain;
 pub mod complaints;
 pub mod config;
+pub mod console;
 #[cfg(test)]
 mod hostile;
 pub mod interrupt;

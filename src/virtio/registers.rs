@@ -198,7 +198,7 @@ impl PartialEq for Published {
 impl Eq for Published {}
 
 /// What a device is to its driver.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Identity {
     /// Device type. [VIRTIO 1.2 §5]
     pub device_type: u32,

@@ -13,7 +13,7 @@ use crate::process;
 
 pub const BUSYBOX: &str = "/bin/busybox";
 /// What a guest may load: panics are told to the VMM through pvpanic; virtio's transports and devices.
-const GUEST_MODULES: [&str; 8] = [
+const GUEST_MODULES: [&str; 9] = [
     "pvpanic_mmio",
     "virtio_mmio",
     "virtio_pci",
@@ -22,6 +22,7 @@ const GUEST_MODULES: [&str; 8] = [
     "virtio_net",
     "vmw_vsock_virtio_transport",
     "virtio_balloon",
+    "virtio_console",
 ];
 /// KVM for AMD processors, which is what QEMU can emulate; taps, and an interface that leads nowhere; a disk.
 const HOST_MODULES: [&str; 5] = ["kvm_amd", "tun", "dummy", "virtio_pci", "virtio_blk"];
