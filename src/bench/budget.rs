@@ -2,7 +2,7 @@
 //! repetition.
 
 use super::contestant::Contestant;
-use super::plan::{AGAINST, Class, Load, PAUSED_MOST, Source};
+use super::plan::{AGAINST, Class, Load, PAUSED_MOST, SLOW_DISK, Source};
 use super::report::{Group, Row, Series, show};
 use super::stats::{Estimate, estimate};
 use crate::actors::PlacementKind;
@@ -126,6 +126,7 @@ pub fn lines(groups: &[Group]) -> Vec<Line> {
     lines.scale();
     lines.shared();
     lines.victim();
+    lines.slow_disk();
     lines.channel();
     lines.against();
     lines.kick();
@@ -262,7 +263,9 @@ impl<'a> Lines<'a> {
     fn victim(&mut self) {
         for source in [Source::Scripted, Source::Kvm] {
             let slow = |slow: Option<Duration>| {
-                self.find("victim", move |load| load.source == source && load.slow == slow)
+                self.find("victim", move |load| {
+                    load.source == source && load.class == Class::Ask && load.slow == slow
+                })
             };
             let (Some(without), Some(with)) = (slow(None), slow(Some(Duration::from_millis(10)))) else {
                 continue;
@@ -285,6 +288,29 @@ impl<'a> Lines<'a> {
             if let Some(ratios) = ratios(Contestant::BIG_LOCK) {
                 let what = format!("the same of big-lock (std): what there is to be gained, {name}");
                 self.push("4", what, Bound::AtLeast(10.0), &ratios);
+            }
+        }
+    }
+
+    /// A machine's console and network beside its slow disk.
+    fn slow_disk(&mut self) {
+        for (class, what) in [
+            (Class::Console, "the serial port's line status"),
+            (Class::Frame, "a frame to a network and back"),
+        ] {
+            let of = |disk| self.find("victim", move |load| load.class == class && load.disk == disk);
+            let (Some(without), Some(with)) = (of(None), of(Some(SLOW_DISK))) else {
+                continue;
+            };
+            let (Some(without), Some(with)) = (without.of(Contestant::ACTOR), with.of(Contestant::ACTOR))
+            else {
+                continue;
+            };
+            for (name, value) in [("p50", p50 as Value), ("p99", p99)] {
+                let ratios = with.values(value).into_iter().zip(without.values(value));
+                let ratios: Vec<f64> = ratios.map(|(with, without)| with / without).collect();
+                let what = format!("{name} of {what} while a disk takes 50 ms a request, to without");
+                self.push("4", what, Bound::AtMost(1.1), &ratios);
             }
         }
     }
@@ -409,10 +435,10 @@ mod tests {
         let lines = lines(&groups);
         let count = |item: &str| lines.iter().filter(|line| line.item == item).count();
         // ask and post (published is not in this run), and the busy post; two of scale; nine loads and one more line of
-        // shared; two sources of victim, and of a channel; kick running and halted; two sources of pause.
+        // shared; two sources of victim, console and frames beside a slow disk; two sources of a channel; kick running and halted; two sources of pause.
         assert_eq!(
             ["1", "2", "3", "4", "5", "6", "K", "P"].map(count),
-            [3, 2, 19, 4, 2, 0, 4, 2]
+            [3, 2, 19, 8, 2, 0, 4, 2]
         );
         // Each contestant takes 10 ns more than the one before, the actor 100: locks 130 to 160.
         let ask = &lines[0];

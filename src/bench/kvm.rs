@@ -118,7 +118,7 @@ fn order(load: &Load, counts: Counts, scale: Scale) -> Order {
             port: port_of(n % load.devices) as u16,
             operation: Operation::Out32,
         },
-        Class::Ask | Class::Kick | Class::Pause => Target {
+        _ => Target {
             port: port_of(n % load.devices) as u16,
             operation: Operation::In32,
         },

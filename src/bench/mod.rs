@@ -13,6 +13,7 @@
 //! | `kvm.rs` | one sample from a bare-metal guest of KVM |
 //! | `kick.rs` | one sample of kicks |
 //! | `pause.rs` | one sample of pauses of a whole machine |
+//! | `slow_disk.rs` | one sample of a whole machine with a slow disk |
 //! | `against.rs` | one sample from another program that runs the same guest |
 //! | `devices.rs` | devices that cost what they are told to |
 //! | `clock.rs` | the time-stamp counter |
@@ -33,6 +34,7 @@ pub mod plan;
 mod plots;
 pub mod report;
 pub mod rig;
+mod slow_disk;
 pub mod stats;
 
 use crate::machine::memory::MemoryError;
@@ -211,7 +213,11 @@ struct Lengths {
 /// somebody sleeps for milliseconds, a sample must hold many of these sleeps.
 fn lengths(load: &Load, quick: bool) -> Lengths {
     let victim = load.experiment == "victim" || load.slow.is_some();
+    let whole = matches!(load.class, Class::Console | Class::Frame);
     let (rounds, throughput, latency) = match (quick, victim) {
+        // A disk's request takes 50 ms.
+        (true, _) if whole => (1, 60, 300),
+        (false, _) if whole => (3, 60, 600),
         (true, false) => (3, 5, 5),
         (true, true) => (1, 40, 80),
         (false, false) => (12, 6, 8),
@@ -269,7 +275,11 @@ fn sample(load: &Load, who: Contestant, lengths: &Lengths, scale: Scale) -> Resu
     }
     let pair = match (load.source, who) {
         (Source::Scripted, _) => {
-            let sample = |measure, length| rig::sample(load, who, measure, length, scale);
+            let whole = matches!(load.class, Class::Console | Class::Frame);
+            let sample = |measure, length| match whole {
+                true => slow_disk::sample(load, who, measure, length, scale),
+                false => Ok(rig::sample(load, who, measure, length, scale)?),
+            };
             return Ok(Pair {
                 rate: sample(Measure::Throughput, lengths.throughput)?,
                 latency: sample(Measure::Latency, lengths.latency)?,

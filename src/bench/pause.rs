@@ -54,7 +54,7 @@ image! {
 }
 
 /// How long a pause, a start or an end may take.
-const LIMIT: Duration = Duration::from_secs(60);
+pub(super) const LIMIT: Duration = Duration::from_secs(60);
 /// Pauses before those that count: what is run for the first time has to be fetched first.
 const WARM: usize = 1;
 /// A port where nobody is: its reads concern nobody but the vCPU.
@@ -110,11 +110,17 @@ impl scripted::Source for Reading {
     fn seen(&mut self, _: &Step, _: u64) {}
 }
 
-/// Pauses so many times, and tells how long each took.
-pub(super) fn sample(load: &Load, who: Contestant, pauses: usize) -> Result<Sample, Failure> {
+/// What this program needs before it runs a machine.
+pub(super) fn be_ready() -> Result<(), Failure> {
     kick::install_handler()?;
     // A machine takes them over. This program wants to be ended by them at once.
     signals::keep_as_they_are()?;
+    Ok(())
+}
+
+/// Pauses so many times, and tells how long each took.
+pub(super) fn sample(load: &Load, who: Contestant, pauses: usize) -> Result<Sample, Failure> {
+    be_ready()?;
     let vcpus = load.vcpus;
     match load.source {
         Source::Kvm => {
@@ -124,7 +130,7 @@ pub(super) fn sample(load: &Load, who: Contestant, pauses: usize) -> Result<Samp
                 return with(Bare::start(guest.backends)?, &counts, vcpus, pauses);
             }
             let Counting { memory, vm, backends } = guest;
-            let ours = Ours::start(vcpus, move |config, inbox, log| {
+            let ours = Ours::start(vcpus, Dispatch::Actor, move |config, inbox, log| {
                 let platform = vm.platform(move |_| Ok(Counting::ENTRY))?;
                 drop(memory);
                 supervisor::run_controlled(config, backends, &vm, Box::new(platform), inbox, log)
@@ -143,7 +149,7 @@ pub(super) fn sample(load: &Load, who: Contestant, pauses: usize) -> Result<Samp
             if who == Contestant::Bare {
                 return with(Bare::start(backends)?, &counts, vcpus, pauses);
             }
-            let ours = Ours::start(vcpus, move |config, inbox, log| {
+            let ours = Ours::start(vcpus, Dispatch::Actor, move |config, inbox, log| {
                 supervisor::run_controlled(config, backends, &Unwired, Box::new(NoPlatform), inbox, log)
             })?;
             with(ours, &counts, vcpus, pauses)
@@ -222,7 +228,7 @@ impl Counting {
     }
 }
 
-fn memory_config() -> MemoryConfig {
+pub(super) fn memory_config() -> MemoryConfig {
     MemoryConfig {
         size_bytes: MIN_BYTES,
         backing: Backing::Anonymous,
@@ -230,14 +236,15 @@ fn memory_config() -> MemoryConfig {
 }
 
 /// A machine, on a thread of its own.
-struct Ours {
+pub(super) struct Ours {
     address: MachineAddress,
     thread: JoinHandle<Result<Outcome, StartError>>,
 }
 
 impl Ours {
-    fn start(
+    pub(super) fn start(
         vcpus: usize,
+        dispatch: Dispatch,
         run: impl FnOnce(&MachineConfig, Inbox, &Logger) -> Result<Outcome, StartError> + Send + 'static,
     ) -> Result<Ours, Failure> {
         let config = MachineConfig {
@@ -249,7 +256,7 @@ impl Ours {
             },
             cpus: vcpus,
             memory: memory_config(),
-            dispatch: Dispatch::Actor,
+            dispatch,
             placements: Vec::new(),
             console: ConsoleKind::Off,
             debug_console: ConsoleKind::Off,
@@ -266,6 +273,16 @@ impl Ours {
         let log = Logger::root(slog::Discard, slog::o!());
         let thread = crate::thread::spawn("machine", move || run(&config, inbox, &log))?;
         Ok(Ours { address, thread })
+    }
+
+    /// Ends it.
+    pub(super) fn end(self) -> Result<(), Failure> {
+        let _ = self.address.ask(Command::Stop);
+        match self.thread.join().expect("a machine contains its panics") {
+            Ok(Outcome::Stopped) => Ok(()),
+            Ok(other) => Err(Failure::Guest(format!("a machine ended by itself: {other:?}"))),
+            Err(error) => Err(Failure::Guest(format!("a machine cannot start: {error}"))),
+        }
     }
 
     fn ask(&self, command: Command, state: State) -> Result<(), Failure> {
@@ -288,12 +305,7 @@ impl Pausable for Ours {
     }
 
     fn end(self) -> Result<(), Failure> {
-        let _ = self.address.ask(Command::Stop);
-        match self.thread.join().expect("a machine contains its panics") {
-            Ok(Outcome::Stopped) => Ok(()),
-            Ok(other) => Err(Failure::Guest(format!("a machine ended by itself: {other:?}"))),
-            Err(error) => Err(Failure::Guest(format!("a machine cannot start: {error}"))),
-        }
+        Ours::end(self)
     }
 }
 

@@ -17,6 +17,10 @@ pub enum Class {
     Post,
     /// They read a word in place.
     Published,
+    /// They read the line status of a whole machine's serial port.
+    Console,
+    /// They send frames through a whole machine's network, which gives each back.
+    Frame,
     /// Nothing of theirs: they are kicked.
     Kick,
     /// Nothing of theirs: all of them are paused.
@@ -30,6 +34,8 @@ impl Class {
             Class::Ask => "ask",
             Class::Post => "post",
             Class::Published => "published",
+            Class::Console => "console",
+            Class::Frame => "frame",
             Class::Kick => "kick",
             Class::Pause => "pause",
         }
@@ -86,6 +92,8 @@ pub struct Load {
     pub pace_ns: Option<u64>,
     /// One more vCPU, half of whose time goes to a device with a handler that blocks for so long.
     pub slow: Option<Duration>,
+    /// One more vCPU that keeps a disk busy, which takes so long for each request.
+    pub disk: Option<Duration>,
     /// The event loop is busy.
     pub storm: bool,
     /// How long each access was queued, served and replied is told apart.
@@ -110,6 +118,10 @@ const PACE_NS: u64 = 20_000;
 const POST_PACE_NS: u64 = 5_000;
 /// The same where an exit costs more than ten microseconds.
 const KVM_PACE_NS: u64 = 50_000;
+/// Where threads have to be woken for each.
+const FRAME_PACE_NS: u64 = 200_000;
+/// What the slow disk takes for a request.
+pub const SLOW_DISK: Duration = Duration::from_millis(50);
 
 /// The names, and what each experiment is.
 pub const EXPERIMENTS: [(&str, &str); 10] = [
@@ -129,7 +141,8 @@ pub const EXPERIMENTS: [(&str, &str); 10] = [
     ),
     (
         "victim",
-        "vCPUs on a fast device while another is on one that blocks for 0, 1 or 10 ms",
+        "vCPUs on a fast device while another is on one that blocks for 0, 1 or 10 ms; console and network of a machine \
+         whose disk takes 50 ms for a request",
     ),
     ("storm", "vCPUs on their devices while the event loop is busy"),
     (
@@ -207,6 +220,7 @@ impl Default for Load {
             handler_ns: 0,
             pace_ns: None,
             slow: None,
+            disk: None,
             storm: false,
             split: false,
             halted: false,
@@ -302,15 +316,27 @@ pub fn loads(experiment: &str, source: Source, processors: usize) -> Vec<Load> {
             }
             loads
         }
-        "victim" => [None, Some(1), Some(10)]
-            .map(|ms| Load {
+        "victim" => {
+            let handlers = [None, Some(1), Some(10)].map(|ms| Load {
                 // The slow one sleeps; the others are to have a processor each.
                 vcpus: processors.saturating_sub(1).max(1),
                 pace_ns: Some(pace),
                 slow: ms.map(Duration::from_millis),
                 ..base.clone()
-            })
-            .to_vec(),
+            });
+            let mut loads = handlers.to_vec();
+            if source == Source::Scripted {
+                for (class, pace) in [(Class::Console, pace), (Class::Frame, FRAME_PACE_NS)] {
+                    loads.extend([None, Some(SLOW_DISK)].map(|disk| Load {
+                        class,
+                        pace_ns: Some(pace),
+                        disk,
+                        ..base.clone()
+                    }));
+                }
+            }
+            loads
+        }
         "storm" => {
             let mut counts = vec![1, processors];
             counts.dedup();
@@ -368,6 +394,9 @@ impl Load {
             all.extend(self.slow.is_none().then_some(Contestant::Bare));
             return all;
         }
+        if matches!(self.class, Class::Console | Class::Frame) {
+            return vec![Contestant::ACTOR, Contestant::BIG_LOCK];
+        }
         let mut all = Dispatch::ALL.map(Contestant::of).to_vec();
         // What posts are for: a device that works while its vCPU goes on. And where its time goes.
         if self.split || self.class == Class::Post && self.handler_ns > 0 {
@@ -414,6 +443,23 @@ impl Load {
         if self.class == Class::Pause {
             let (who, source) = (plural(self.vcpus, "running vCPU"), self.source.name());
             return format!("pause: {who}, from the wish to the answer; {source}");
+        }
+        if let Some(what) = match self.class {
+            Class::Console => Some("the serial port's line status"),
+            Class::Frame => Some("a frame to a network and back"),
+            _ => None,
+        } {
+            let disk = self.disk.map_or_else(
+                || "its disk at rest".to_owned(),
+                |time| {
+                    format!(
+                        "another vCPU keeping a disk busy that takes {} ms a request",
+                        time.as_millis()
+                    )
+                },
+            );
+            let pace = self.pace_ns.unwrap_or(0) / 1_000;
+            return format!("{}: {what}, {disk}; one in {pace} us", self.experiment);
         }
         let mut text = format!(
             "{}: {} on {}, {}",

@@ -24,7 +24,7 @@ pub struct Row {
     pub mutex: &'static str,
     /// Where the device actors run; `none` for other disciplines.
     pub placement: String,
-    /// `ask`, `post` or `published`.
+    /// What is measured: `ask`, `post`, `published`, `console`, `frame`, `kick` or `pause`.
     pub class: &'static str,
     /// Whose accesses were measured.
     pub vcpus: usize,
@@ -34,6 +34,8 @@ pub struct Row {
     pub handler_ns: u64,
     /// How long the handler that another vCPU is on blocks; 0 if there is none.
     pub slow_ns: u64,
+    /// How long the disk that another vCPU keeps busy takes for a request; 0 if there is none.
+    pub disk_ns: u64,
     /// For latencies: the time from when one access is due to when the next is; 0: it follows the last at once.
     pub pace_ns: u64,
     /// Accesses a second of all measured vCPUs, one after the other.
@@ -83,7 +85,7 @@ pub struct Row {
 }
 
 /// The names in [`Row`], in the order of a CSV file.
-pub const COLUMNS: [&str; 33] = [
+pub const COLUMNS: [&str; 34] = [
     "experiment",
     "source",
     "who",
@@ -95,6 +97,7 @@ pub const COLUMNS: [&str; 33] = [
     "devices",
     "handler_ns",
     "slow_ns",
+    "disk_ns",
     "pace_ns",
     "ops_per_s",
     "mean_ns",
@@ -149,6 +152,7 @@ impl Row {
             devices: load.devices,
             handler_ns: load.handler_ns,
             slow_ns: load.slow.map_or(0, |time| time.as_nanos() as u64),
+            disk_ns: load.disk.map_or(0, |time| time.as_nanos() as u64),
             pace_ns: load.pace_ns.unwrap_or(0),
             ops_per_s: repeated.ops_per_s.round(),
             mean_ns: round(latency.mean()),
@@ -467,7 +471,7 @@ pub(super) mod tests {
             assert_eq!(line.split(',').count(), COLUMNS.len(), "{line}");
         }
         assert!(
-            lines[1].starts_with("ask,scripted,actor-vmm,actor,none,handoff,ask,1,1,0,0,0,10000000"),
+            lines[1].starts_with("ask,scripted,actor-vmm,actor,none,handoff,ask,1,1,0,0,0,0,10000000"),
             "{}",
             lines[1]
         );

@@ -654,8 +654,8 @@ mod tests {
         for (experiment, _) in EXPERIMENTS {
             // The first and the last: the simplest and the fullest.
             let mut loads = loads(experiment, Source::Scripted, 2);
-            // That one has machines of its own.
-            loads.retain(|load| load.class != Class::Pause);
+            // Those have machines of their own.
+            loads.retain(|load| !matches!(load.class, Class::Pause | Class::Console | Class::Frame));
             for load in loads.first().into_iter().chain(loads.last()) {
                 for who in load.contestants() {
                     for measure in [Measure::Throughput, Measure::Latency] {

@@ -254,7 +254,7 @@ pub struct Opened {
 
 impl Opened {
     /// Nothing yet.
-    fn bare() -> Opened {
+    pub(crate) fn bare() -> Opened {
         Opened {
             name: "",
             identity: Identity::default(),

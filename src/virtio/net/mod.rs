@@ -33,7 +33,7 @@ pub mod transmit;
 pub use config::{Mac, NetConfig, NetSyntaxError};
 pub use link::{Link, LinkSwitch};
 
-use self::config::Host;
+use self::config::{Host, Ports};
 use self::control::{Control, SecondOrControl};
 use self::passt::PasstError;
 use self::receive::Receive;
@@ -73,6 +73,9 @@ pub enum NetError {
     /// A limit's timer.
     #[error("--net: the host gives no timer for its rate")]
     Timer(#[source] std::io::Error),
+    /// A bench's sockets.
+    #[error("the host gives no sockets")]
+    Loop(#[source] std::io::Error),
 }
 
 impl NetError {
@@ -80,7 +83,7 @@ impl NetError {
     pub fn is_bad_input(&self) -> bool {
         match self {
             NetError::Tap(error) => error.is_bad_input(),
-            NetError::Passt(_) | NetError::Timer(_) => false,
+            NetError::Passt(_) | NetError::Timer(_) | NetError::Loop(_) => false,
         }
     }
 }
@@ -143,7 +146,6 @@ pub struct OpenedNet {
 /// # Errors
 /// [`NetError`]; what was opened is closed again, and what was started ended.
 pub fn open(name: &'static str, config: &NetConfig, log: &Logger) -> Result<OpenedNet, NetError> {
-    let published = Published::new(STATUS_OFFSET, LINK_UP);
     let (pairs, offloads, control): (Vec<Pair>, _, _) = match &config.host {
         Host::Tap(tap) => {
             let (tap, queues) = Tap::open(tap, config.queues)?;
@@ -157,6 +159,38 @@ pub fn open(name: &'static str, config: &NetConfig, log: &Logger) -> Result<Open
         Host::Tap(tap) => format!("the host's tap {tap}"),
         Host::User(_) => "passt".into(),
     };
+    let mut opened = assemble(name, what, config, (pairs, offloads), log)?;
+    opened
+        .handlers
+        .extend(control.map(|control| Box::new(control) as Box<dyn Handler>));
+    Ok(opened)
+}
+
+/// A device whose network gives every frame back, for benches.
+///
+/// # Errors
+/// [`NetError`].
+pub(crate) fn open_loop(name: &'static str, log: &Logger) -> Result<OpenedNet, NetError> {
+    let config = NetConfig {
+        host: Host::User(Ports::default()),
+        mac: None,
+        mtu: None,
+        queues: 1,
+        allowance: Default::default(),
+    };
+    let pair = stream::loopback().map_err(NetError::Loop)?;
+    assemble(name, "the loop".into(), &config, (vec![pair], 0), log)
+}
+
+/// Puts queues around what the host gives.
+fn assemble(
+    name: &'static str,
+    what: String,
+    config: &NetConfig,
+    (pairs, offloads): (Vec<Pair>, u64),
+    log: &Logger,
+) -> Result<OpenedNet, NetError> {
+    let published = Published::new(STATUS_OFFSET, LINK_UP);
     let mac = config.mac.unwrap_or_else(Mac::random);
     slog::debug!(log, "{name} has the address {mac}");
     let link = Link::new(name, what, published.clone(), log.clone());
@@ -177,7 +211,6 @@ pub fn open(name: &'static str, config: &NetConfig, log: &Logger) -> Result<Open
             transmit.map_err(NetError::Timer)?,
         ]);
     }
-    handlers.extend(control.map(|control| Box::new(control) as Box<dyn Handler>));
     Ok(OpenedNet {
         identity: identity(config, mac, offloads, published),
         handlers,

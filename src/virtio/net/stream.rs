@@ -1,6 +1,6 @@
 //! Frames over a stream: each behind its length, 32 bits, big end first, as passt and QEMU's `-netdev stream` have it.
 
-use super::{HEADER_BYTES, MAX_FRAME_BYTES, Received, Sent, Sink, Source};
+use super::{HEADER_BYTES, MAX_FRAME_BYTES, Pair, Received, Sent, Sink, Source};
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
@@ -165,6 +165,24 @@ impl Sink for StreamSink {
     fn fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
+}
+
+/// A network that gives every frame back.
+///
+/// # Errors
+/// When the host gives no sockets.
+pub fn loopback() -> std::io::Result<Pair> {
+    struct Closed;
+    impl Why for Closed {
+        fn why(&mut self) -> String {
+            "the other direction has ended".into()
+        }
+    }
+    let (one, other) = UnixStream::pair()?;
+    one.set_nonblocking(true)?;
+    other.set_nonblocking(true)?;
+    let source = StreamSource::new(Arc::new(one), Closed);
+    Ok((Box::new(source), Box::new(StreamSink::new(Arc::new(other)))))
 }
 
 #[cfg(test)]
