@@ -1,6 +1,8 @@
 //! The built program as a user calls it: what can be wrong with the input and the host, where the console goes, how it
 //! ends, and what it leaves behind.
 
+#[path = "cli/config.rs"]
+mod config;
 #[path = "cli/guest.rs"]
 mod guest;
 #[path = "cli/process.rs"]

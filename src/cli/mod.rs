@@ -1,6 +1,7 @@
 //! The command line: what a user types, turned into a [`MachineConfig`], and an exit status back.
 
 pub mod bench;
+mod config;
 mod consoles;
 mod ctl;
 pub mod doctor;
@@ -22,10 +23,13 @@ use crate::virtio::config::VirtioConfig;
 use crate::virtio::net::NetConfig;
 use crate::virtio::vsock::VsockConfig;
 use crate::virtio::{Notify, Transport};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use config::ConfigError;
 use nix::sys::signal::{SigHandler, Signal};
 use slog::{Level, info};
 use std::error::Error;
+use std::ffi::OsString;
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -141,6 +145,13 @@ struct Run {
     /// Makes a Unix socket by which the machine can be controlled; see `actor-vmm ctl`
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
+    /// A machine in a TOML file, whose keys are these flags without the dashes: [[disk]], [[net]], [vsock] and [balloon]
+    /// are tables. What is there in a list is added to; all else may be in one of the two
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Prints the machine as a file for --config, with all that is so by default, and starts nothing
+    #[arg(long)]
+    dry_run: bool,
     /// Adds a device at port 0xf6 whose reads do not return
     #[arg(long, hide = true)]
     test_tarpit: bool,
@@ -308,13 +319,40 @@ impl Run {
             }
             Err(error) => {
                 drop(log_handle);
-                let status = if error.is_bad_input() {
-                    status::BAD_INPUT
-                } else {
-                    status::HOST_TROUBLE
-                };
-                complain(&chain(&error), status)
+                complain(&chain(&error), error.status())
             }
+        }
+    }
+
+    /// What has keys.
+    fn devices(&self) -> config::Devices<'static> {
+        [
+            ("disk", config::items_of(&self.disk)),
+            ("net", config::items_of(&self.net)),
+            ("vsock", config::items_of(&self.vsock)),
+            ("balloon", config::items_of(&self.balloon)),
+        ]
+    }
+
+    /// Prints what it would be.
+    fn dry_run(&self, matches: &clap::ArgMatches) -> u8 {
+        let machine = match self.check() {
+            Ok(consoles) => self.resolve(consoles),
+            Err(problem) => return complain(&problem, status::BAD_INPUT),
+        };
+        if let Err(error) = machine.check() {
+            return complain(&chain(&error), error.status());
+        }
+        let text = match config::written(&Cli::command(), matches, &machine, &self.devices()) {
+            Ok(text) => text,
+            Err(error) => return complain(&error.to_string(), status::BAD_INPUT),
+        };
+        match std::io::stdout().write_all(text.as_bytes()) {
+            Ok(()) => 0,
+            Err(error) => complain(
+                &format!("stdout cannot be written: {error}"),
+                status::HOST_TROUBLE,
+            ),
         }
     }
 
@@ -345,6 +383,27 @@ fn complain(text: &str, status: u8) -> u8 {
     status
 }
 
+/// What cannot be understood.
+#[derive(Debug, thiserror::Error)]
+enum Mistyped {
+    /// Of the command line, or of it with what a file says.
+    #[error(transparent)]
+    Line(#[from] clap::Error),
+    /// Of a file.
+    #[error(transparent)]
+    File(#[from] ConfigError),
+}
+
+/// Parses a command line, with what the file adds to it that it may name. Returns also how `run` was parsed.
+fn parse(arguments: Vec<OsString>) -> Result<(Cli, clap::ArgMatches), Mistyped> {
+    let mut command = Cli::command();
+    let arguments = config::expand(&command, arguments)?;
+    let matches = command.try_get_matches_from_mut(arguments)?;
+    let cli = Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut command))?;
+    let run = matches.subcommand_matches("run").cloned();
+    Ok((cli, run.unwrap_or_default()))
+}
+
 /// The program.
 pub fn main() -> ExitCode {
     // A write beyond `ulimit -f` is an error of that write, as one on a full disk is.
@@ -366,21 +425,24 @@ pub fn main() -> ExitCode {
             thread.name().unwrap_or("?")
         ));
     }));
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
-        Err(error) => {
+    let (cli, matches) = match parse(std::env::args_os().collect()) {
+        Ok(parsed) => parsed,
+        Err(Mistyped::Line(error)) => {
             // Help and version go to stdout with 0, mistakes to stderr with 2.
             let status = if error.use_stderr() { status::BAD_INPUT } else { 0 };
             let _ = error.print();
             return ExitCode::from(status);
         }
+        Err(Mistyped::File(error)) => return ExitCode::from(complain(&chain(&error), status::BAD_INPUT)),
     };
-    let status = std::panic::catch_unwind(|| match cli.command {
+    // Nothing of it is used after a panic.
+    let status = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| match cli.command {
+        Command::Run(run) if run.dry_run => run.dry_run(&matches),
         Command::Run(run) => run.run(),
         Command::Doctor => doctor::run(),
         Command::Ctl(ctl) => ctl.run(),
         Command::Bench(bench) => bench.run(),
-    });
+    }));
     // The hook has told what happened.
     ExitCode::from(status.unwrap_or(status::INTERNAL_ERROR))
 }
@@ -388,7 +450,6 @@ pub fn main() -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     fn parse(args: &[&str]) -> Result<Cli, clap::Error> {
         Cli::try_parse_from([&["actor-vmm"], args].concat())

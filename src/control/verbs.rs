@@ -15,8 +15,9 @@ use crate::actors::PlacementKind;
 use crate::machine::holds::Holder;
 use crate::machine::request::{Answer, Command};
 use crate::vcpu::kick::KickHandle;
+use crate::virtio::balloon;
 use crate::virtio::balloon::state::Giver;
-use crate::virtio::balloon::{self, BalloonSyntaxError};
+use crate::virtio::keys::KeyError;
 use serde_json::{Map, Value, json};
 
 /// The version of this protocol. Another number means that a client of this one may not be understood; new verbs and
@@ -152,7 +153,7 @@ pub enum WordsError {
     Link,
     /// A balloon's.
     #[error("balloon {0}")]
-    Balloon(#[from] BalloonSyntaxError),
+    Balloon(#[from] KeyError),
 }
 
 /// The request that a person asks for in words: a verb, and what it is about.

@@ -5,7 +5,7 @@ use super::actor::{Machine, OUTPUT_LIMIT, Parts};
 use super::chipset::{Chipset, ChipsetConfig, Lines, device_names};
 use super::dispatch::{Actors, BigLock, Channels, DeviceLocks, Discipline, Dispatch, MutexKind};
 use super::memory::{self, Backing, MemoryConfig, MemoryError};
-use super::outcome::Outcome;
+use super::outcome::{Outcome, status};
 use super::platform::{NoPlatform, Platform};
 use super::request::{Inbox, MachineAddress, Mailbox};
 use super::vm::{Vm, VmError};
@@ -163,6 +163,15 @@ pub enum StartError {
 }
 
 impl StartError {
+    /// The exit status that says so.
+    pub fn status(&self) -> u8 {
+        if self.is_bad_input() {
+            status::BAD_INPUT
+        } else {
+            status::HOST_TROUBLE
+        }
+    }
+
     /// Whether the user can mend it with other input, as opposed to another host.
     pub fn is_bad_input(&self) -> bool {
         match self {
@@ -638,7 +647,10 @@ impl MachineConfig {
     }
 
     /// What contradicts itself, found before anything is made.
-    fn check(&self) -> Result<(), StartError> {
+    ///
+    /// # Errors
+    /// [`StartError`].
+    pub fn check(&self) -> Result<(), StartError> {
         if !(1..=MAX_CPUS).contains(&self.cpus) {
             return Err(StartError::Cpus(self.cpus));
         }

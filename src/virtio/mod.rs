@@ -31,7 +31,7 @@ pub mod console;
 #[cfg(test)]
 mod hostile;
 pub mod interrupt;
-mod keys;
+pub mod keys;
 pub mod lease;
 pub mod limit;
 pub mod mmio;

@@ -2,7 +2,7 @@
 
 use super::PAGE_BYTES;
 use crate::machine::memory::parse_bytes;
-use crate::virtio::keys::items;
+use crate::virtio::keys::{Item, KeyError, Keyed, Keys, item, items};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -18,63 +18,54 @@ pub struct BalloonConfig {
     pub stats: Option<Duration>,
 }
 
-/// A `--balloon` that cannot be.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum BalloonSyntaxError {
-    /// A key that is none.
-    #[error("a balloon has no key '{0}'; there are size and stats")]
-    UnknownKey(String),
-    /// The same key again.
-    #[error("'{0}' is given twice")]
-    Twice(&'static str),
-    /// `size=…`
-    #[error("size={0}: a balloon's size is 0 or as 256M, a multiple of {PAGE_BYTES} bytes")]
-    Size(String),
-    /// `stats=…`
-    #[error("stats={0}: 1 to {MAX_SECONDS} seconds")]
-    Stats(String),
+const KEYS: [&str; 2] = ["size", "stats"];
+
+fn pages(text: &str) -> Option<u64> {
+    parse_bytes(text)
+        .ok()
+        .filter(|bytes| bytes.is_multiple_of(PAGE_BYTES))
+}
+
+fn size_why() -> String {
+    format!("a balloon's size is 0 or as 256M, a multiple of {PAGE_BYTES} bytes")
 }
 
 /// Reads a size, which is whole pages and may be 0.
 ///
 /// # Errors
-/// [`BalloonSyntaxError::Size`].
-pub fn size(text: &str) -> Result<u64, BalloonSyntaxError> {
-    parse_bytes(text)
-        .ok()
-        .filter(|bytes| bytes.is_multiple_of(PAGE_BYTES))
-        .ok_or_else(|| BalloonSyntaxError::Size(text.into()))
-}
-
-fn once<T>(place: &mut Option<T>, key: &'static str, value: T) -> Result<(), BalloonSyntaxError> {
-    match place.replace(value) {
-        None => Ok(()),
-        Some(_) => Err(BalloonSyntaxError::Twice(key)),
-    }
+/// [`KeyError::Value`].
+pub fn size(text: &str) -> Result<u64, KeyError> {
+    pages(text).ok_or_else(|| KeyError::Value {
+        key: "size",
+        value: text.into(),
+        why: size_why(),
+    })
 }
 
 impl FromStr for BalloonConfig {
-    type Err = BalloonSyntaxError;
+    type Err = KeyError;
 
-    fn from_str(text: &str) -> Result<Self, BalloonSyntaxError> {
-        let (mut bytes, mut stats) = (None, None);
+    fn from_str(text: &str) -> Result<Self, KeyError> {
         // Without a word it is an empty balloon.
-        for item in items(text).iter().filter(|_| !text.is_empty()) {
-            match item.split_once('=') {
-                Some(("size", value)) => once(&mut bytes, "size", size(value)?)?,
-                Some(("stats", value)) => {
-                    let seconds = value.parse().ok().filter(|n| (1..=MAX_SECONDS).contains(n));
-                    let seconds = seconds.ok_or_else(|| BalloonSyntaxError::Stats(value.into()))?;
-                    once(&mut stats, "stats", Duration::from_secs(seconds))?;
-                }
-                Some((key, _)) => return Err(BalloonSyntaxError::UnknownKey(key.into())),
-                None => return Err(BalloonSyntaxError::UnknownKey(item.clone())),
-            }
-        }
+        BalloonConfig::from_items(if text.is_empty() { Vec::new() } else { items(text) })
+    }
+}
+
+impl Keyed for BalloonConfig {
+    fn from_items(items: Vec<Item>) -> Result<Self, KeyError> {
+        let keys = Keys::new("a balloon", &KEYS, items)?;
+        let size_bytes = keys.value("size", pages, size_why())?.unwrap_or(0);
+        let stats = keys.number("stats", 1..=MAX_SECONDS, format!("1 to {MAX_SECONDS} seconds"))?;
         Ok(BalloonConfig {
-            size_bytes: bytes.unwrap_or(0),
-            stats,
+            size_bytes,
+            stats: stats.map(Duration::from_secs),
         })
+    }
+
+    fn to_items(&self) -> Vec<Item> {
+        let mut items = vec![item("size", self.size_bytes)];
+        items.extend(self.stats.map(|stats| item("stats", stats.as_secs())));
+        items
     }
 }
 

@@ -19,7 +19,7 @@ pub mod state;
 #[cfg(test)]
 pub(crate) mod tests;
 
-pub use config::{BalloonConfig, BalloonSyntaxError};
+pub use config::BalloonConfig;
 pub use state::{Balloon, BalloonSwitch};
 
 use self::queues::{Deflate, Inflate, Other};

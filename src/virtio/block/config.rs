@@ -1,7 +1,8 @@
 //! What `--disk` says: `path=…` and what else, separated by commas.
 
-use crate::virtio::keys::{items, operations, rate};
+use crate::virtio::keys::{Item, KeyError, Keyed, Keys, flag, item, items, rate};
 use crate::virtio::limit::Allowance;
+use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -36,111 +37,73 @@ pub enum Format {
     Qcow2,
 }
 
-/// A `--disk` that cannot be.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum DiskSyntaxError {
-    /// No path.
-    #[error("a disk needs path=FILE")]
-    NoPath,
-    /// A key that is none.
-    #[error(
-        "a disk has no key '{0}'; there are path, format, ro, queues, serial, rate and iops (a comma in a value is written ,,)"
-    )]
-    UnknownKey(String),
-    /// The same key again.
-    #[error("'{0}' is given twice")]
-    Twice(&'static str),
-    /// A value where none belongs.
-    #[error("'ro' takes no value")]
-    FlagWithValue,
-    /// `queues=…`
-    #[error("queues={0}: a disk has 1 to {MAX_QUEUES} queues")]
-    Queues(String),
-    /// `rate=…`
-    #[error("rate={0}: a rate is bytes a second, above 0, as 10M")]
-    Rate(String),
-    /// `iops=…`
-    #[error("iops={0}: requests a second are a number above 0")]
-    Iops(String),
-    /// `serial=…`
-    #[error("serial={0}: a serial number is 1 to {SERIAL_BYTES} printable ASCII characters")]
-    Serial(String),
-    /// `format=…`
-    #[error("format={0}: there are raw and qcow2")]
-    Format(String),
-    /// A qcow2 image with several queues.
-    #[error("queues={0}: a disk with format=qcow2 has one queue")]
-    QueuesOfQcow2(u16),
-}
+const KEYS: [&str; 7] = ["path", "format", "ro", "queues", "serial", "rate", "iops"];
 
-/// Sets what was not set yet.
-fn once<T>(place: &mut Option<T>, key: &'static str, value: T) -> Result<(), DiskSyntaxError> {
-    match place.replace(value) {
-        None => Ok(()),
-        Some(_) => Err(DiskSyntaxError::Twice(key)),
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
+        })
     }
 }
 
 impl FromStr for DiskConfig {
-    type Err = DiskSyntaxError;
+    type Err = KeyError;
 
-    fn from_str(text: &str) -> Result<Self, DiskSyntaxError> {
-        let (mut path, mut read_only, mut queues, mut serial) = (None, None, None, None);
-        let (mut bytes, mut iops, mut format) = (None, None, None);
-        for item in items(text) {
-            match item.split_once('=') {
-                Some(("path", value)) if !value.is_empty() => once(&mut path, "path", value.into())?,
-                Some(("path", _)) => return Err(DiskSyntaxError::NoPath),
-                Some(("format", value)) => {
-                    let known = match value {
-                        "raw" => Format::Raw,
-                        "qcow2" => Format::Qcow2,
-                        _ => return Err(DiskSyntaxError::Format(value.into())),
-                    };
-                    once(&mut format, "format", known)?;
-                }
-                Some(("queues", value)) => {
-                    let number = value.parse().ok().filter(|n| (1..=MAX_QUEUES).contains(n));
-                    let number = number.ok_or_else(|| DiskSyntaxError::Queues(value.into()))?;
-                    once(&mut queues, "queues", number)?;
-                }
-                Some(("serial", value)) => {
-                    let printable = value.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' ');
-                    if !printable || !(1..=SERIAL_BYTES).contains(&value.len()) {
-                        return Err(DiskSyntaxError::Serial(value.into()));
-                    }
-                    once(&mut serial, "serial", value.to_owned())?;
-                }
-                Some(("rate", value)) => {
-                    let number = rate(value).ok_or_else(|| DiskSyntaxError::Rate(value.into()))?;
-                    once(&mut bytes, "rate", number)?;
-                }
-                Some(("iops", value)) => {
-                    let number = operations(value).ok_or_else(|| DiskSyntaxError::Iops(value.into()))?;
-                    once(&mut iops, "iops", number)?;
-                }
-                Some(("ro", _)) => return Err(DiskSyntaxError::FlagWithValue),
-                None if item == "ro" => once(&mut read_only, "ro", true)?,
-                Some((key, _)) => return Err(DiskSyntaxError::UnknownKey(key.into())),
-                None => return Err(DiskSyntaxError::UnknownKey(item)),
-            }
-        }
-        let queues = queues.unwrap_or(1);
-        // Its tables have one owner, which is its queue's actor.
-        if format == Some(Format::Qcow2) && queues > 1 {
-            return Err(DiskSyntaxError::QueuesOfQcow2(queues));
-        }
-        Ok(DiskConfig {
-            path: path.ok_or(DiskSyntaxError::NoPath)?,
-            read_only: read_only.unwrap_or(false),
+    fn from_str(text: &str) -> Result<Self, KeyError> {
+        DiskConfig::from_items(items(text))
+    }
+}
+
+impl Keyed for DiskConfig {
+    fn from_items(items: Vec<Item>) -> Result<Self, KeyError> {
+        let keys = Keys::new("a disk", &KEYS, items)?;
+        let path = |text: &str| (!text.is_empty()).then(|| text.into());
+        let path = keys.value("path", path, "a disk needs path=FILE")?;
+        let format = |text: &str| {
+            let mut all = [Format::Raw, Format::Qcow2].into_iter();
+            all.find(|format| format.to_string() == text)
+        };
+        let format = keys.value("format", format, "there are raw and qcow2")?;
+        let why = format!("a disk has 1 to {MAX_QUEUES} queues");
+        let queues = keys.number("queues", 1..=MAX_QUEUES, why)?.unwrap_or(1);
+        let printable = |byte: u8| byte.is_ascii_graphic() || byte == b' ';
+        let serial = |text: &str| {
+            let good = text.bytes().all(printable) && (1..=SERIAL_BYTES).contains(&text.len());
+            good.then(|| text.to_owned())
+        };
+        let why = format!("a serial number is 1 to {SERIAL_BYTES} printable ASCII characters");
+        let serial = keys.value("serial", serial, why)?;
+        let allowance = Allowance {
+            bytes: keys.value("rate", rate, "a rate is bytes a second, above 0, as 10M")?,
+            operations: keys.number("iops", 1..=u64::MAX, "requests a second are a number above 0")?,
+        };
+        let config = DiskConfig {
+            read_only: keys.flag("ro")?,
+            path: path.ok_or_else(|| KeyError::whole("path", "a disk needs path=FILE"))?,
             queues,
             serial: serial.unwrap_or_default(),
-            allowance: Allowance {
-                bytes,
-                operations: iops,
-            },
+            allowance,
             format,
-        })
+        };
+        // Its tables have one owner, which is its queue's actor.
+        if format == Some(Format::Qcow2) && queues > 1 {
+            let text = format!("queues={queues}: a disk with format=qcow2 has one queue");
+            return Err(KeyError::whole("queues", text));
+        }
+        Ok(config)
+    }
+
+    fn to_items(&self) -> Vec<Item> {
+        let mut items = vec![item("path", self.path.display())];
+        items.extend(self.format.map(|format| item("format", format)));
+        items.extend(self.read_only.then(|| flag("ro")));
+        items.push(item("queues", self.queues));
+        items.extend((!self.serial.is_empty()).then(|| item("serial", &self.serial)));
+        items.extend(self.allowance.bytes.map(|rate| item("rate", rate)));
+        items.extend(self.allowance.operations.map(|iops| item("iops", iops)));
+        items
     }
 }
 

@@ -19,7 +19,7 @@ pub mod image;
 pub mod qcow2;
 pub mod request;
 
-pub use config::{DiskConfig, DiskSyntaxError};
+pub use config::DiskConfig;
 pub use disk::Disk;
 pub use image::{Image, ImageError};
 pub use request::Block;

@@ -1,6 +1,6 @@
 //! What `--net` says: `tap=NAME` or `user`, and what else, separated by commas.
 
-use crate::virtio::keys::{items, operations, rate};
+use crate::virtio::keys::{Item, KeyError, Keyed, Keys, flag, item, items, rate};
 use crate::virtio::limit::Allowance;
 use std::fmt;
 use std::fs::File;
@@ -13,6 +13,8 @@ pub const MAX_PAIRS: u16 = 8;
 const NAME_BYTES: usize = 15;
 /// IPv4's least, bytes. [VIRTIO 1.2 §5.1.4.1]
 const MIN_MTU: u16 = 68;
+/// passt's most, bytes.
+const MOST_USER_MTU: u16 = 65_520;
 
 /// An Ethernet address.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -99,145 +101,97 @@ pub struct NetConfig {
     pub allowance: Allowance,
 }
 
-/// A `--net` that cannot be.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum NetSyntaxError {
-    /// Neither a tap nor user.
-    #[error("a network device needs tap=NAME or user")]
-    NoHost,
-    /// Both.
-    #[error("'tap' and 'user' exclude each other")]
-    TwoHosts,
-    /// A key that is none.
-    #[error(
-        "a network device has no key '{0}'; there are tap, user, mac, mtu, queues, rate, iops, tcp and udp (a comma in a value is written ,,)"
-    )]
-    UnknownKey(String),
-    /// The same key again.
-    #[error("'{0}' is given twice")]
-    Twice(&'static str),
-    /// A value where none belongs.
-    #[error("'user' takes no value")]
-    FlagWithValue,
-    /// `tap=…`
-    #[error("tap={0}: an interface's name has 1 to {NAME_BYTES} characters, none of them a slash or a space")]
-    Tap(String),
-    /// `mac=…`
-    #[error("mac={0}: an address is six bytes as 02:00:00:00:00:01, and neither all zero nor a group's")]
-    Mac(String),
-    /// `mtu=…`
-    #[error("mtu={0}: an MTU is {MIN_MTU} to 65535 bytes, and at most 65520 with user")]
-    Mtu(String),
-    /// `queues=…`
-    #[error("queues={0}: a network device has 1 to {MAX_PAIRS} queue pairs")]
-    Queues(String),
-    /// `rate=…`
-    #[error("rate={0}: a rate is bytes a second, above 0, as 10M")]
-    Rate(String),
-    /// `iops=…`
-    #[error("iops={0}: frames a second are a number above 0")]
-    Iops(String),
-    /// passt has one connection.
-    #[error("queues={0}: with user there is one queue pair")]
-    QueuesOfUser(u16),
-    /// `tcp=…`, `udp=…`
-    #[error("{0}={1}: ports are numbers, ranges and pairs of them as 8080:80 or 5000-5009")]
-    Ports(&'static str, String),
-    /// Ports without passt.
-    #[error("'{0}' belongs to user; a tap has all ports")]
-    PortsOfTap(&'static str),
-}
+const KEYS: [&str; 9] = [
+    "tap", "user", "mac", "mtu", "queues", "rate", "iops", "tcp", "udp",
+];
 
 /// What passt takes: `22`, `2222:22`, `5000-5009`, `127.0.0.1/22`, and lists of these.
-fn ports(key: &'static str, value: &str) -> Result<String, NetSyntaxError> {
+fn ports(value: &str) -> Option<String> {
     let known = |character: char| character.is_ascii_hexdigit() || "-:,./~".contains(character);
     let begins = value.starts_with(|first: char| first.is_ascii_hexdigit() || first == '~');
-    if begins && value.chars().all(known) && value.contains(|digit: char| digit.is_ascii_digit()) {
-        Ok(value.to_owned())
-    } else {
-        Err(NetSyntaxError::Ports(key, value.into()))
-    }
+    let good = begins && value.chars().all(known) && value.contains(|digit: char| digit.is_ascii_digit());
+    good.then(|| value.to_owned())
 }
 
-fn name(value: &str) -> Result<String, NetSyntaxError> {
+fn name(value: &str) -> Option<String> {
     let allowed = |character: char| character.is_ascii_graphic() && character != '/';
     let good = (1..=NAME_BYTES).contains(&value.len()) && value.chars().all(allowed);
     // A pattern to the kernel, and two directories.
     let good = good && !value.contains('%') && value != "." && value != "..";
     good.then(|| value.to_owned())
-        .ok_or_else(|| NetSyntaxError::Tap(value.into()))
-}
-
-fn once<T>(place: &mut Option<T>, key: &'static str, value: T) -> Result<(), NetSyntaxError> {
-    match place.replace(value) {
-        None => Ok(()),
-        Some(_) => Err(NetSyntaxError::Twice(key)),
-    }
 }
 
 impl FromStr for NetConfig {
-    type Err = NetSyntaxError;
+    type Err = KeyError;
 
-    fn from_str(text: &str) -> Result<Self, NetSyntaxError> {
-        let (mut tap, mut user, mut mac, mut mtu, mut queues) = (None, None, None, None, None);
-        let (mut tcp, mut udp) = (None, None);
-        let (mut bytes, mut iops) = (None, None);
-        for item in items(text) {
-            match item.split_once('=') {
-                Some(("tap", value)) => once(&mut tap, "tap", name(value)?)?,
-                Some(("user", _)) => return Err(NetSyntaxError::FlagWithValue),
-                None if item == "user" => once(&mut user, "user", ())?,
-                Some(("mac", value)) => {
-                    let address = value.parse().map_err(|()| NetSyntaxError::Mac(value.into()))?;
-                    once(&mut mac, "mac", address)?;
-                }
-                Some(("mtu", value)) => {
-                    let number = value.parse().ok().filter(|mtu| *mtu >= MIN_MTU);
-                    let number = number.ok_or_else(|| NetSyntaxError::Mtu(value.into()))?;
-                    once(&mut mtu, "mtu", number)?;
-                }
-                Some(("queues", value)) => {
-                    let number = value.parse().ok().filter(|n| (1..=MAX_PAIRS).contains(n));
-                    let number = number.ok_or_else(|| NetSyntaxError::Queues(value.into()))?;
-                    once(&mut queues, "queues", number)?;
-                }
-                Some(("rate", value)) => {
-                    let number = rate(value).ok_or_else(|| NetSyntaxError::Rate(value.into()))?;
-                    once(&mut bytes, "rate", number)?;
-                }
-                Some(("iops", value)) => {
-                    let number = operations(value).ok_or_else(|| NetSyntaxError::Iops(value.into()))?;
-                    once(&mut iops, "iops", number)?;
-                }
-                Some(("tcp", value)) => once(&mut tcp, "tcp", ports("tcp", value)?)?,
-                Some(("udp", value)) => once(&mut udp, "udp", ports("udp", value)?)?,
-                Some((key, _)) => return Err(NetSyntaxError::UnknownKey(key.into())),
-                None => return Err(NetSyntaxError::UnknownKey(item)),
-            }
-        }
-        let queues = queues.unwrap_or(1);
+    fn from_str(text: &str) -> Result<Self, KeyError> {
+        NetConfig::from_items(items(text))
+    }
+}
+
+impl Keyed for NetConfig {
+    fn from_items(items: Vec<Item>) -> Result<Self, KeyError> {
+        let keys = Keys::new("a network device", &KEYS, items)?;
+        let why =
+            format!("an interface's name has 1 to {NAME_BYTES} characters, none of them a slash or a space");
+        let tap = keys.value("tap", name, why)?;
+        let user = keys.flag("user")?;
+        let why = "an address is six bytes as 02:00:00:00:00:01, and neither all zero nor a group's";
+        let mac = keys.value("mac", |text| text.parse().ok(), why)?;
+        let most_mtu = if user { MOST_USER_MTU } else { u16::MAX };
+        let why = format!("an MTU is {MIN_MTU} to 65535 bytes, and at most {MOST_USER_MTU} with user");
+        let mtu = keys.number("mtu", MIN_MTU..=most_mtu, why)?;
+        let why = format!("a network device has 1 to {MAX_PAIRS} queue pairs");
+        let queues = keys.number("queues", 1..=MAX_PAIRS, why)?.unwrap_or(1);
+        let allowance = Allowance {
+            bytes: keys.value("rate", rate, "a rate is bytes a second, above 0, as 10M")?,
+            operations: keys.number("iops", 1..=u64::MAX, "frames a second are a number above 0")?,
+        };
+        let why = "ports are numbers, ranges and pairs of them as 8080:80 or 5000-5009";
+        let (tcp, udp) = (keys.value("tcp", ports, why)?, keys.value("udp", ports, why)?);
+        let of_user = |key| {
+            Err(KeyError::whole(
+                key,
+                format!("'{key}' belongs to user; a tap has all ports"),
+            ))
+        };
         let host = match (tap, user) {
-            (None, None) => return Err(NetSyntaxError::NoHost),
-            (Some(_), Some(())) => return Err(NetSyntaxError::TwoHosts),
-            (Some(_), None) if tcp.is_some() => return Err(NetSyntaxError::PortsOfTap("tcp")),
-            (Some(_), None) if udp.is_some() => return Err(NetSyntaxError::PortsOfTap("udp")),
-            (None, Some(())) if queues > 1 => return Err(NetSyntaxError::QueuesOfUser(queues)),
-            (None, Some(())) if mtu.is_some_and(|mtu| mtu > 65_520) => {
-                return Err(NetSyntaxError::Mtu(mtu.unwrap_or(0).to_string()));
+            (None, false) => return Err(KeyError::whole("tap", "a network device needs tap=NAME or user")),
+            (Some(_), true) => return Err(KeyError::whole("tap", "'tap' and 'user' exclude each other")),
+            (Some(_), false) if tcp.is_some() => return of_user("tcp"),
+            (Some(_), false) if udp.is_some() => return of_user("udp"),
+            (None, true) if queues > 1 => {
+                let text = format!("queues={queues}: with user there is one queue pair");
+                return Err(KeyError::whole("queues", text));
             }
-            (Some(name), None) => Host::Tap(name),
-            (None, Some(())) => Host::User(Ports { tcp, udp }),
+            (Some(name), false) => Host::Tap(name),
+            (None, true) => Host::User(Ports { tcp, udp }),
         };
         Ok(NetConfig {
             host,
             mac,
             mtu,
             queues,
-            allowance: Allowance {
-                bytes,
-                operations: iops,
-            },
+            allowance,
         })
+    }
+
+    fn to_items(&self) -> Vec<Item> {
+        let mut items = Vec::new();
+        match &self.host {
+            Host::Tap(name) => items.push(item("tap", name)),
+            Host::User(Ports { tcp, udp }) => {
+                items.push(flag("user"));
+                items.extend(tcp.iter().map(|ports| item("tcp", ports)));
+                items.extend(udp.iter().map(|ports| item("udp", ports)));
+            }
+        }
+        items.extend(self.mac.map(|mac| item("mac", mac)));
+        items.extend(self.mtu.map(|mtu| item("mtu", mtu)));
+        items.push(item("queues", self.queues));
+        items.extend(self.allowance.bytes.map(|rate| item("rate", rate)));
+        items.extend(self.allowance.operations.map(|iops| item("iops", iops)));
+        items
     }
 }
 
@@ -298,7 +252,7 @@ mod tests {
             ("user,tcp=--help", "tcp=--help"),
             ("user,udp=", "udp="),
             ("user,tcp=all", "tcp=all"),
-            ("tap=a,rate", "no key 'rate'"),
+            ("tap=a,rate", "'rate' needs a value"),
             ("tap=a,rate=0", "rate=0: "),
             ("tap=a,iops=-1", "iops=-1: "),
             ("tap=a,iops=1,iops=2", "'iops' is given twice"),

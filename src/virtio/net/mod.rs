@@ -30,7 +30,7 @@ pub(crate) mod testing;
 mod tests;
 pub mod transmit;
 
-pub use config::{Mac, NetConfig, NetSyntaxError};
+pub use config::{Mac, NetConfig};
 pub use link::{Link, LinkSwitch};
 
 use self::config::{Host, Ports};

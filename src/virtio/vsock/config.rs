@@ -1,7 +1,7 @@
 //! What `--vsock` says: `cid=N,uds=PATH`.
 
 use super::packet::HOST_CID;
-use crate::virtio::keys::items;
+use crate::virtio::keys::{Item, KeyError, Keyed, Keys, item, items};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -21,59 +21,39 @@ pub struct VsockConfig {
     pub path: PathBuf,
 }
 
-/// A `--vsock` that cannot be.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum VsockSyntaxError {
-    /// A key is missing.
-    #[error("a socket device needs cid=N and uds=PATH; '{0}' is missing")]
-    Missing(&'static str),
-    /// A key that is none.
-    #[error("a socket device has no key '{0}'; there are cid and uds (a comma in a value is written ,,)")]
-    UnknownKey(String),
-    /// The same key again.
-    #[error("'{0}' is given twice")]
-    Twice(&'static str),
-    /// `cid=…`
-    #[error("cid={0}: a guest's context identifier is {MIN_CID} to {MAX_CID}")]
-    Cid(String),
-    /// `uds=…`
-    #[error("uds={0}: the path of a socket to which ports are appended has 1 to {PATH_BYTES} bytes")]
-    Path(String),
-}
+const KEYS: [&str; 2] = ["cid", "uds"];
 
-fn once<T>(place: &mut Option<T>, key: &'static str, value: T) -> Result<(), VsockSyntaxError> {
-    match place.replace(value) {
-        None => Ok(()),
-        Some(_) => Err(VsockSyntaxError::Twice(key)),
+impl FromStr for VsockConfig {
+    type Err = KeyError;
+
+    fn from_str(text: &str) -> Result<Self, KeyError> {
+        VsockConfig::from_items(items(text))
     }
 }
 
-impl FromStr for VsockConfig {
-    type Err = VsockSyntaxError;
-
-    fn from_str(text: &str) -> Result<Self, VsockSyntaxError> {
-        let (mut cid, mut path) = (None, None);
-        for item in items(text) {
-            match item.split_once('=') {
-                Some(("cid", value)) => {
-                    let number = value.parse().ok().filter(|cid| (MIN_CID..=MAX_CID).contains(cid));
-                    let number = number.ok_or_else(|| VsockSyntaxError::Cid(value.into()))?;
-                    once(&mut cid, "cid", number)?;
-                }
-                Some(("uds", value)) => {
-                    if !(1..=PATH_BYTES).contains(&value.len()) || value.contains('\0') {
-                        return Err(VsockSyntaxError::Path(value.into()));
-                    }
-                    once(&mut path, "uds", value.into())?;
-                }
-                Some((key, _)) => return Err(VsockSyntaxError::UnknownKey(key.into())),
-                None => return Err(VsockSyntaxError::UnknownKey(item)),
-            }
-        }
+impl Keyed for VsockConfig {
+    fn from_items(items: Vec<Item>) -> Result<Self, KeyError> {
+        let keys = Keys::new("a socket device", &KEYS, items)?;
+        let why = format!("a guest's context identifier is {MIN_CID} to {MAX_CID}");
+        let cid = keys.number("cid", MIN_CID..=MAX_CID, why)?;
+        let path = |text: &str| {
+            let good = (1..=PATH_BYTES).contains(&text.len()) && !text.contains('\0');
+            good.then(|| text.into())
+        };
+        let why = format!("the path of a socket to which ports are appended has 1 to {PATH_BYTES} bytes");
+        let path = keys.value("uds", path, why)?;
+        let missing = |key: &'static str| {
+            let text = format!("a socket device needs cid=N and uds=PATH; '{key}' is missing");
+            KeyError::whole(key, text)
+        };
         Ok(VsockConfig {
-            cid: cid.ok_or(VsockSyntaxError::Missing("cid"))?,
-            path: path.ok_or(VsockSyntaxError::Missing("uds"))?,
+            cid: cid.ok_or_else(|| missing("cid"))?,
+            path: path.ok_or_else(|| missing("uds"))?,
         })
+    }
+
+    fn to_items(&self) -> Vec<Item> {
+        vec![item("cid", self.cid), item("uds", self.path.display())]
     }
 }
 

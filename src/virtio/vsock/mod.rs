@@ -30,7 +30,7 @@ pub mod switchboard;
 #[cfg(test)]
 pub(crate) mod tests;
 
-pub use config::{VsockConfig, VsockSyntaxError};
+pub use config::VsockConfig;
 
 use self::queues::{Between, Events, Receive, Transmit, WAITING_PACKETS};
 use self::switchboard::Switchboard;
