@@ -45,7 +45,7 @@ pub(crate) enum Planted {
 mod plain {
     use super::Planted;
     use crossbeam_channel::{Receiver, RecvError, RecvTimeoutError};
-    use std::time::Instant;
+    use std::time::{Duration, Instant};
 
     /// Another thread may run.
     #[inline(always)]
@@ -75,6 +75,13 @@ mod plain {
         false
     }
 
+    /// Looks again and again until it is `ready`, or until then. For what nobody tells.
+    pub(crate) fn ready_by(until: Instant, mut ready: impl FnMut() -> bool) {
+        while !ready() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// What a new thread runs.
     #[inline(always)]
     pub(crate) fn enrol<T>(body: impl FnOnce() -> T) -> impl FnOnce() -> T {
@@ -87,7 +94,7 @@ mod scheduler {
     use super::Planted;
     use crossbeam_channel::{Receiver, RecvError, RecvTimeoutError, Sender, TryRecvError, bounded};
     use std::cell::RefCell;
-    use std::time::Instant;
+    use std::time::{Duration, Instant};
 
     /// Turns in one schedule: a livelock is a failure.
     const MOST_TURNS: u64 = 200_000;
@@ -319,6 +326,16 @@ mod scheduler {
     /// In a simulation: waits until `ready`. Elsewhere `false`.
     pub(crate) fn waited(mut ready: impl FnMut() -> bool) -> bool {
         is_member() && wait(false, || ready().then_some(())).is_some()
+    }
+
+    /// Waits until it is `ready`, or the time is up.
+    pub(crate) fn ready_by(until: Instant, mut ready: impl FnMut() -> bool) {
+        if is_member() {
+            wait(true, || ready().then_some(()));
+        }
+        while !ready() && !is_member() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// What a new thread runs: the same, but it takes turns if the one that starts it does.

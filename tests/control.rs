@@ -3,6 +3,8 @@
 
 #[path = "control/common.rs"]
 mod common;
+#[path = "control/ends.rs"]
+mod ends;
 #[path = "control/holds.rs"]
 mod holds;
 #[path = "control/stuck.rs"]

@@ -505,30 +505,51 @@ fn a_machine_with_a_stuck_device_is_stopped_by_a_signal_and_why_names_it() {
     }
     let place = Place::new("tarpit");
     for end in ["signal", "ctl", "twice"] {
-        let mut machine = Machine::start(&place, &["--guest", "tarpit", "--test-tarpit"]);
-        let socket = place.socket();
-        machine.wait_until("why does not name it", |_| {
-            ctl_ok(&socket, &["why"]).contains("tarpit's turn is run by vcpu0, which came with in 0xf6/1")
-        });
-        match end {
-            "signal" => machine.signal(Signal::SIGTERM),
-            "ctl" => drop(ctl_ok(&socket, &["stop"])),
-            _ => {
-                let waits = ctl(&socket, &["pause"]);
-                assert_eq!(waits.status.code(), Some(4));
-                let said = String::from_utf8_lossy(&waits.stderr);
-                assert!(said.contains("waits for vcpu0 to pause"), "{said}");
-                machine.signal(Signal::SIGTERM);
-                machine.signal(Signal::SIGTERM);
+        // The best of some: the host may be busy.
+        let mut best = Duration::MAX;
+        for _ in 0..5 {
+            best = best.min(end_stuck(&place, end));
+            if best < STOP_LIMIT {
+                break;
             }
         }
-        let status = machine.end();
-        assert_eq!(status, Some(if end == "ctl" { 20 } else { 143 }), "{end}");
-        if end == "signal" {
-            let log = text(&place, "err");
-            assert!(log.contains("device tarpit is stuck in an access"), "{log}");
+        assert!(best < STOP_LIMIT, "{end}: {best:?}");
+    }
+}
+
+/// What a machine that is stopped has, to be gone, though a device blocks for ever.
+const STOP_LIMIT: Duration = Duration::from_secs(2);
+
+/// Ends a machine with a stuck device in that way, and tells how long it took.
+fn end_stuck(place: &Place, end: &str) -> Duration {
+    let mut machine = Machine::start(place, &["--guest", "tarpit", "--test-tarpit"]);
+    let socket = place.socket();
+    machine.wait_until("why does not name it", |_| {
+        ctl_ok(&socket, &["why"]).contains("tarpit's turn is run by vcpu0, which came with in 0xf6/1")
+    });
+    if end == "twice" {
+        let waits = ctl(&socket, &["pause"]);
+        assert_eq!(waits.status.code(), Some(4));
+        let said = String::from_utf8_lossy(&waits.stderr);
+        assert!(said.contains("waits for vcpu0 to pause"), "{said}");
+    }
+    let begin = Instant::now();
+    match end {
+        "signal" => machine.signal(Signal::SIGTERM),
+        "ctl" => drop(ctl_ok(&socket, &["stop"])),
+        _ => {
+            machine.signal(Signal::SIGTERM);
+            machine.signal(Signal::SIGTERM);
         }
     }
+    let status = machine.end();
+    let took = begin.elapsed();
+    assert_eq!(status, Some(if end == "ctl" { 20 } else { 143 }), "{end}");
+    if end == "signal" {
+        let log = text(place, "err");
+        assert!(log.contains("device tarpit is stuck in an access"), "{log}");
+    }
+    took
 }
 
 #[test]

@@ -22,7 +22,7 @@ use crate::vcpu::{End, Vcpu, VcpuEvent, VcpuHandle, VcpuMessage, VcpuNews, vcpu_
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 use slog::Logger;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// How many accesses a guest does.
@@ -214,7 +214,7 @@ impl rig::WithDiscipline for Run {
             .map(|(_, thread)| thread.join().expect("a vCPU contains its panics"));
         let waited = waited.sum::<f64>() / count;
         drop(discipline);
-        control.stop(true);
+        control.stop(true, Instant::now() + LIMIT);
         outcome.map(|()| waited)
     }
 }
@@ -240,7 +240,7 @@ fn wait_for_end(end: &Receiver<()>, news: &Receiver<VcpuNews>) -> Result<(), Fai
 
 /// Which part of the time of `work` this thread waited for a processor.
 fn waiting(work: impl FnOnce()) -> f64 {
-    let (start, waited) = (std::time::Instant::now(), waited_ns());
+    let (start, waited) = (Instant::now(), waited_ns());
     work();
     (waited_ns() - waited) as f64 / start.elapsed().as_nanos().max(1) as f64
 }

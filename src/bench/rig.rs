@@ -36,7 +36,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What is measured.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -365,6 +365,9 @@ pub fn sample(
     with_discipline(set, dispatch, placement, vcpus, rig)?
 }
 
+/// How long devices may take to end when all who use them have.
+const END_LIMIT: Duration = Duration::from_secs(1);
+
 const WARM: u32 = 0;
 const MEASURED: u32 = 1;
 const OVER: u32 = 2;
@@ -395,7 +398,7 @@ impl WithDiscipline for Rig<'_> {
         let outcome = self.run_threads(&discipline, &phase);
         // Also when a thread could not be started: those that were must end.
         phase.0.store(OVER, Ordering::Relaxed);
-        control.stop(true);
+        control.stop(true, Instant::now() + END_LIMIT);
         outcome
     }
 }

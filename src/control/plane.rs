@@ -36,7 +36,7 @@ pub const CLIENTS: usize = 16;
 /// Answers of the machine actor that wait for this thread: all that can be under way.
 const ANSWERS: usize = CLIENTS * super::lines::IN_FLIGHT + CLIENTS;
 /// How long clients may take at the end to read what was said to them.
-const LAST_WORDS: Duration = Duration::from_millis(200);
+pub const LAST_WORDS: Duration = Duration::from_millis(150);
 
 /// What the control thread is made of.
 pub struct Plane {

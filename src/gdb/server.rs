@@ -30,14 +30,11 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vm_memory::GuestMemoryMmap;
 
 /// How long gdb may take to read an answer.
 const WRITE_LIMIT: Duration = Duration::from_secs(10);
-/// How long the machine waits at its end for gdb to be told.
-const END_LIMIT: Duration = Duration::from_millis(300);
-
 /// `--gdb`: where a gdb can connect, and whether the guest waits for it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct GdbConfig {
@@ -262,9 +259,9 @@ impl GdbHandle {
     }
 
     /// The machine has ended. gdb has a moment to be told.
-    pub fn end(self, status: u8) {
+    pub fn end(self, status: u8, until: Instant) {
         self.address.tell(News::Ended(status));
-        let _ = self.over.recv_timeout(END_LIMIT);
+        let _ = self.over.recv_deadline(until);
     }
 }
 

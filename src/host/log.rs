@@ -16,6 +16,9 @@ use std::time::{Duration, Instant};
 /// Records that wait for stderr. More than a start or a crash makes.
 const QUEUE: usize = 256;
 
+/// How long what was logged last may take to be written when the program ends.
+pub const LAST_WORDS: Duration = Duration::from_millis(250);
+
 enum Entry {
     Line(String),
     /// Everything before this is written; tell.
@@ -35,16 +38,17 @@ pub struct LogHandle(Sender<Entry>);
 impl LogHandle {
     /// Waits until everything logged so far is on stderr, or until `limit`.
     pub fn flush(&self, limit: Duration) {
+        let until = Instant::now() + limit;
         let (done, wait) = crossbeam_channel::bounded(1);
-        if self.0.send_timeout(Entry::Flush(done), limit).is_ok() {
-            let _ = wait.recv_timeout(limit);
+        if self.0.send_deadline(Entry::Flush(done), until).is_ok() {
+            let _ = wait.recv_deadline(until);
         }
     }
 }
 
 impl Drop for LogHandle {
     fn drop(&mut self) {
-        self.flush(Duration::from_millis(500));
+        self.flush(LAST_WORDS);
     }
 }
 

@@ -29,23 +29,17 @@ use crate::vcpu::activity::ActivityView;
 use crate::vcpu::backend::Backend;
 use crate::vcpu::exit::SystemEvent;
 use crate::vcpu::kick::KickHandle;
-use crate::vcpu::route::Space;
 use crate::vcpu::{End, Vcpu, VcpuEvent, VcpuHandle, VcpuMessage, VcpuNews, vcpu_mailbox};
 use crate::virtio::queue::{QueueActor, QueueHandle};
-use crossbeam_channel::{RecvTimeoutError, Sender, select_biased};
+use crossbeam_channel::{RecvTimeoutError, Sender};
+use ending::{OUTPUT_LIMIT, PATIENT_OUTPUT_LIMIT, Timetable};
 use slog::{Logger, crit, debug, error, info, o, warn};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-/// How long vCPUs may take to end before they are given up and named.
-const VCPU_LIMIT: Duration = Duration::from_millis(500);
-/// How long queues' actors may take to end what they are at.
-const QUEUE_LIMIT: Duration = Duration::from_millis(500);
-/// How long the guest's last output may take to be written.
-pub(super) const OUTPUT_LIMIT: Duration = Duration::from_millis(300);
-/// The same when the guest ended by itself: whoever reads may be slow, and nothing shall be lost.
-const PATIENT_OUTPUT_LIMIT: Duration = Duration::from_secs(10);
+pub(super) mod ending;
+
 /// How long all vCPUs, or all devices, may take to pause or reset before those who have not are named. A kick takes
 /// microseconds, but a busy host may leave a thread waiting for a processor for a good part of a second.
 pub const ANSWER_LIMIT: Duration = Duration::from_secs(2);
@@ -272,14 +266,15 @@ impl Machine {
             self.go(Transition::Fail);
             crit!(self.log, "{diagnosis}");
         }
+        let timetable = Timetable::from(Instant::now());
         if let Some(debugger) = self.debugger.take() {
-            debugger.end(outcome.status());
+            debugger.end(outcome.status(), timetable.debugger());
         }
         let patience = match outcome {
             Outcome::PoweredOff | Outcome::GuestExit(_) | Outcome::Reset => PATIENT_OUTPUT_LIMIT,
             _ => OUTPUT_LIMIT,
         };
-        self.stop(patience);
+        self.stop_by(patience, timetable);
         outcome
     }
 
@@ -705,92 +700,6 @@ impl Machine {
         error!(self.log, "the machine cannot be reset: {why}");
         self.answer(Answer::Failed(why.clone()));
         Outcome::ResetFailed(why)
-    }
-
-    /// Has the event loop write what the guest has sent, and end. A signal meanwhile cuts that short.
-    fn drain_output(&mut self, limit: Duration) {
-        self.event_loop.stop(limit);
-        let deadline = crossbeam_channel::after(limit + Duration::from_millis(200));
-        loop {
-            simulation::waited(|| !self.event_loop.ended().is_empty() || !self.mailbox.is_empty());
-            select_biased! {
-                recv(self.event_loop.ended()) -> _ => return,
-                recv(*self.mailbox) -> message => match message {
-                    Ok(MachineMessage::Host(_)) => return,
-                    Ok(MachineMessage::Request(Request { command: Command::Stop, reply })) => {
-                        reply.give(Answer::Done(State::Stopping));
-                        return;
-                    }
-                    Ok(_) => {}
-                    // Nobody is left to send.
-                    Err(_) => {
-                        let _ = self.event_loop.ended().recv_timeout(limit);
-                        return;
-                    }
-                },
-                recv(deadline) -> _ => return,
-            }
-        }
-    }
-
-    /// Ends everything: vCPUs, then what they have sent, then devices. What is stuck is named and left behind.
-    pub(super) fn stop(&mut self, output_limit: Duration) {
-        self.overtake();
-        self.sender = None;
-        self.go(Transition::Stop);
-        for vcpu in &self.vcpus {
-            vcpu.handle.send(VcpuMessage::Stop);
-        }
-        let deadline = Instant::now() + VCPU_LIMIT;
-        while self.vcpus.iter().any(|vcpu| !vcpu.stopped) {
-            match simulation::receive_until(&self.mailbox, deadline) {
-                Ok(MachineMessage::Vcpu(VcpuNews {
-                    vcpu,
-                    what: VcpuEvent::Stopped(unclaimed),
-                })) => {
-                    self.vcpus[vcpu].stopped = true;
-                    for (space, start, count) in unclaimed {
-                        let space = match space {
-                            Space::Pio => "ports",
-                            Space::Mmio => "addresses",
-                        };
-                        debug!(self.log, "vcpu{vcpu}: accesses to {space} that nobody claims";
-                            "from" => format!("{start:#x}"), "count" => count);
-                    }
-                }
-                Ok(_) => {}
-                Err(_) => break,
-            }
-        }
-        for (index, vcpu) in self.vcpus.iter_mut().enumerate() {
-            if let Some(thread) = vcpu.thread.take_if(|_| vcpu.stopped) {
-                let _ = thread.join();
-            } else if !vcpu.stopped {
-                warn!(self.log, "vcpu{index} did not end in time and is left behind");
-            }
-        }
-        for queue in &self.queues {
-            queue.end();
-        }
-        self.drain_output(output_limit);
-        let deadline = Instant::now() + QUEUE_LIMIT;
-        for queue in self.queues.drain(..) {
-            if let Err(name) = queue.join(deadline) {
-                warn!(
-                    self.log,
-                    "{name} waits for the host (a slow or stuck disk?) and is left behind; its request may not be done"
-                );
-            }
-        }
-        // A vCPU that does not end waits for a device whose turn does not: one that does not take its own stop.
-        let all_ended = self.vcpus.iter().all(|vcpu| vcpu.stopped);
-        for name in self.devices.stop(all_ended) {
-            warn!(
-                self.log,
-                "device {name} is stuck in an access and is left behind; this is a bug"
-            );
-        }
-        self.go(Transition::Stopped);
     }
 }
 

@@ -15,6 +15,7 @@ use crate::clock::Clock;
 use crate::control::observatory::WatchedDevice;
 use crate::devices::shell::{DeviceMessage, Shell};
 use crate::host::events::{Deliver, Gate, Tell};
+use crate::simulation;
 use crate::vcpu::activity::ActivityView;
 use crate::vcpu::route::{Bus, RouteMap, RoutingTable};
 use crossbeam_channel::Sender;
@@ -138,17 +139,12 @@ pub trait Control {
     fn messengers(&self) -> Vec<ActivityView>;
 
     /// Ends all devices, after what was said before. `all_ended`: all who use them have ended, so none can be stuck and
-    /// their threads are waited for. If not, the names of those that do not end are returned.
-    fn stop(&mut self, all_ended: bool) -> Vec<String>;
+    /// their threads are waited for. Returns the names of those that have not ended by then.
+    fn stop(&mut self, all_ended: bool, until: Instant) -> Vec<String>;
 }
 
 /// How many threads a pool has. Register handlers are short; what blocks has a thread of its own elsewhere.
 const POOL_THREADS: usize = 2;
-
-/// How long devices may take to end before they are named, where somebody is stuck already.
-const DEVICE_LIMIT: Duration = Duration::from_millis(100);
-/// And where nobody is known to be: a thread that only waits for a processor is not to be called stuck.
-const DEVICE_LIMIT_ALL_ENDED: Duration = Duration::from_secs(1);
 
 /// Lanes of a device beside the vCPUs' and those of the actors behind it: the machine actor's and the event loop's.
 const OTHER_LANES: usize = 2;
@@ -274,17 +270,9 @@ impl Control for ActorControl {
         self.messenger.views()
     }
 
-    fn stop(&mut self, all_ended: bool) -> Vec<String> {
+    fn stop(&mut self, all_ended: bool, until: Instant) -> Vec<String> {
         self.messenger.stop();
-        let limit = if all_ended {
-            DEVICE_LIMIT_ALL_ENDED
-        } else {
-            DEVICE_LIMIT
-        };
-        let deadline = Instant::now() + limit;
-        while self.addresses.iter().any(|device| !device.is_closed()) && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        simulation::ready_by(until, || self.addresses.iter().all(|device| device.is_closed()));
         let stuck: Vec<String> = self
             .addresses
             .iter()
@@ -487,7 +475,7 @@ impl Control for GateControl {
     }
 
     // There is nothing to end, and no way to tell who is stuck.
-    fn stop(&mut self, _all_ended: bool) -> Vec<String> {
+    fn stop(&mut self, _all_ended: bool, _until: Instant) -> Vec<String> {
         Vec::new()
     }
 }

@@ -10,7 +10,7 @@ use super::dispatch::{Actors, Discipline};
 use super::outcome::Outcome;
 use super::platform::NoPlatform;
 use super::request::{Answer, Command, Inbox, MachineAddress, Reply};
-use super::state::State;
+use super::state::{Refused, State};
 use super::supervisor::{OnReset, Unwired};
 use super::virtio::Switches;
 use crate::boot::layout::io;
@@ -272,9 +272,12 @@ impl Controller {
         tell(|| format!("{command:?} is answered with {answer:?}"));
         let fits = match &answer {
             Answer::Done(_) | Answer::Overtaken(_) => true,
+            // It ends by itself.
+            Answer::Gone | Answer::Refused(Refused(State::Stopping, _)) => {
+                matches!(self.fate, Fate::GuestExits | Fate::VcpuPanics)
+            }
             // The guest's own reset may be under way.
             Answer::Refused(_) => self.fate == Fate::GuestResets,
-            Answer::Gone => matches!(self.fate, Fate::GuestExits | Fate::VcpuPanics),
             Answer::Waits(..) | Answer::Failed(_) | Answer::NoSuchDevice | Answer::Unfit(_) => false,
         };
         if !fits {

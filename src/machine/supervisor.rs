@@ -1,7 +1,8 @@
 //! A machine: what it is configured to be, and how it is put together and taken apart. What it does in between is in
 //! `actor.rs`.
 
-use super::actor::{Machine, OUTPUT_LIMIT, Parts};
+use super::actor::ending::OUTPUT_LIMIT;
+use super::actor::{Machine, Parts};
 use super::chipset::{Chipset, ChipsetConfig, Lines, device_names};
 use super::dispatch::{Actors, BigLock, Channels, DeviceLocks, Discipline, Dispatch, MutexKind};
 use super::memory::{self, Backing, MemoryConfig, MemoryError};

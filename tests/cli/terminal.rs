@@ -387,6 +387,35 @@ fn the_escape_shows_help_and_passes_itself_on() {
 }
 
 #[test]
+fn the_escape_ends_a_machine_in_which_a_device_blocks_for_ever() {
+    if !have_kvm() {
+        return;
+    }
+    let mut best = Duration::MAX;
+    // The best of some: the host may be busy.
+    for _ in 0..5 {
+        let place = Place::new();
+        let words = "run --guest tarpit --test-tarpit --control c";
+        let mut session = Session::start(&place, words);
+        session.expect_raw();
+        let stuck = || {
+            let why = place.command("ctl c why").output().unwrap();
+            String::from_utf8_lossy(&why.stdout).contains("tarpit's turn is run by vcpu0")
+        };
+        eventually("it is stuck", stuck);
+        let begin = Instant::now();
+        session.type_in(b"\x01x");
+        assert_eq!(session.end(PROMPT), 130);
+        best = best.min(begin.elapsed());
+        session.expect("device tarpit is stuck in an access");
+        if best < Duration::from_secs(2) {
+            return;
+        }
+    }
+    panic!("it takes {best:?}");
+}
+
+#[test]
 fn a_terminal_that_nobody_reads_does_not_hold_up_the_end() {
     if !have_kvm() {
         return;
