@@ -531,7 +531,12 @@ fn end_stuck(place: &Place, end: &str) -> Duration {
         let waits = ctl(&socket, &["pause"]);
         assert_eq!(waits.status.code(), Some(4));
         let said = String::from_utf8_lossy(&waits.stderr);
-        assert!(said.contains("waits for vcpu0 to pause"), "{said}");
+        let words = "waits for vcpu0 to pause (it is at tarpit with in 0xf6/1, for ";
+        assert!(said.contains(words), "{said}");
+        // By a thread of its own.
+        machine.wait_until("the log does not say it", |_| {
+            text(place, "err").contains(&format!("a pause is not complete: it {words}"))
+        });
     }
     let begin = Instant::now();
     match end {

@@ -118,6 +118,28 @@ pub struct Observatory {
 }
 
 impl Observatory {
+    /// One for somebody who seldom looks; see [`Watch::second`].
+    pub fn second(&self) -> Observatory {
+        let devices = self.devices.iter().map(|device| WatchedDevice {
+            name: device.name.clone(),
+            address: device.address.clone(),
+        });
+        let others = self.others.iter();
+        Observatory {
+            published: self.published.clone(),
+            vcpus: self.vcpus.iter().map(Watch::second).collect(),
+            others: others
+                .map(|(name, watch)| (name.clone(), watch.second()))
+                .collect(),
+            devices: devices.collect(),
+            routes: self.routes.clone(),
+            clock: self.clock.clone(),
+            dispatch: self.dispatch,
+            balloon: self.balloon.clone(),
+            begun: self.begun,
+        }
+    }
+
     /// Looks where threads are, so that a later look can tell how long they have been there.
     pub fn glance(&mut self) {
         let now = Instant::now();

@@ -6,20 +6,20 @@
 //!
 //! What a pause, a resume and a reset do in which order is decided in `conductor.rs`; here it is carried out.
 
-use super::conductor::{Conductor, Effect, Late, Pending};
+use super::conductor::{Conductor, Effect, Pending};
 use super::dispatch::{Control, Discipline};
-use super::holds::{Holder, Holds, Step};
+use super::holds::{Holder, Holds};
 use super::outcome::Outcome;
 use super::platform::Platform;
-use super::request::{Answer, Command, Mailbox, Reply, Request};
-use super::state::{Refused, State, Transition};
+use super::request::{Answer, Mailbox, Reply};
+use super::state::{State, Transition};
 use super::supervisor::OnReset;
 use super::virtio::Switches;
 use super::{MachineMessage, Reloaded};
 use crate::actors::Lifecycle;
 use crate::boot::EntryPoint;
 use crate::clock::Clock;
-use crate::control::observatory::Published;
+use crate::control::observatory::{Observatory, Published};
 use crate::devices::MachineRequest;
 use crate::gdb::server::{self as gdb, GdbHandle};
 use crate::host::character::{Waker, wake};
@@ -38,7 +38,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+mod asked;
 pub(super) mod ending;
+mod late;
 
 /// How long all vCPUs, or all devices, may take to pause or reset before those who have not are named. A kick takes
 /// microseconds, but a busy host may leave a thread waiting for a processor for a good part of a second.
@@ -99,6 +101,8 @@ pub(super) struct Machine {
     guest_wants_reset: bool,
     published: Arc<Published>,
     debugger: Option<GdbHandle>,
+    /// Where to look for what those are doing who do not answer.
+    observatory: Option<Observatory>,
     log: Logger,
 }
 
@@ -152,6 +156,7 @@ impl Machine {
             guest_wants_reset: false,
             published: parts.published,
             debugger: None,
+            observatory: None,
             log: parts.log,
         }
     }
@@ -220,6 +225,11 @@ impl Machine {
         let vcpus = self.vcpus.iter().map(|vcpu| vcpu.handle.clone()).collect();
         self.debugger = Some(server.start(self.mailbox.address(sender), vcpus, &self.log)?);
         Ok(())
+    }
+
+    /// From where it can see what everybody does.
+    pub(super) fn look_from(&mut self, observatory: Observatory) {
+        self.observatory = Some(observatory);
     }
 
     /// Kicks of all vCPUs.
@@ -423,128 +433,6 @@ impl Machine {
         }
     }
 
-    /// What somebody outside wants.
-    fn serve(&mut self, Request { command, reply }: Request) -> Option<Outcome> {
-        let (who, begun) = match command {
-            Command::Pause => return self.hold(Holder::Controller, reply),
-            Command::Halt => return self.hold(Holder::Debugger, reply),
-            Command::Resume => return self.let_go(Holder::Controller, reply),
-            Command::Release => return self.let_go(Holder::Debugger, reply),
-            Command::Reset => (Holder::Controller, self.conductor.reset()),
-            Command::Link { net, up } => {
-                reply.give(match self.switches.links.get(net) {
-                    Some(link) => {
-                        info!(
-                            self.log,
-                            "{}: its link is switched {}",
-                            link.name(),
-                            if up { "on" } else { "off" }
-                        );
-                        link.set(up);
-                        Answer::Done(self.conductor.state())
-                    }
-                    None => Answer::NoSuchDevice,
-                });
-                return None;
-            }
-            Command::Balloon { bytes } => {
-                reply.give(
-                    match self.switches.balloon.as_ref().map(|balloon| balloon.set(bytes)) {
-                        Some(Ok(())) => Answer::Done(self.conductor.state()),
-                        Some(Err(error)) => Answer::Unfit(error.to_string()),
-                        None => Answer::NoSuchDevice,
-                    },
-                );
-                return None;
-            }
-            Command::Stop => {
-                self.overtake();
-                reply.give(Answer::Done(State::Stopping));
-                return Some(Outcome::Stopped);
-            }
-        };
-        self.begun(begun, who, reply);
-        None
-    }
-
-    /// Somebody wants the machine to stand still.
-    fn hold(&mut self, who: Holder, reply: Reply) -> Option<Outcome> {
-        let step = self.holds.pause(who, self.conductor.state());
-        self.published.set_holds(self.holds);
-        match step {
-            Step::Begin => {
-                let begun = self.conductor.pause();
-                self.begun(begun, who, reply);
-            }
-            // Its time may be up already.
-            Step::Join if self.conductor.awaited().is_none() => {
-                reply.give(Answer::Waits(self.conductor.state(), self.whom_we_wait_for()));
-            }
-            Step::Join => self.askers.push((who, reply)),
-            step => self.at_once(step, reply),
-        }
-        None
-    }
-
-    /// Somebody does not want that any more.
-    fn let_go(&mut self, who: Holder, reply: Reply) -> Option<Outcome> {
-        let step = self.holds.resume(who, self.conductor.state());
-        self.published.set_holds(self.holds);
-        match step {
-            Step::Begin => {
-                let begun = self.conductor.resume();
-                self.begun(begun, who, reply);
-            }
-            step => {
-                // Its own pause may be under way, with the other's.
-                if let Some(own) = self.askers.iter().position(|(other, _)| *other == who)
-                    && step == Step::Stands
-                {
-                    let (_, own) = self.askers.swap_remove(own);
-                    own.give(Answer::Overtaken(self.conductor.state()));
-                }
-                self.at_once(step, reply);
-            }
-        }
-        None
-    }
-
-    /// The answer to what changes nothing.
-    fn at_once(&self, step: Step, reply: Reply) {
-        reply.give(match step {
-            Step::Refused(refused) => Answer::Refused(refused),
-            Step::NotYours(Holder::Debugger) => {
-                Answer::Unfit("gdb has stopped the machine; let it go on or detach there".into())
-            }
-            Step::NotYours(Holder::Controller) => {
-                Answer::Unfit("the machine is paused by its controller".into())
-            }
-            Step::Begin | Step::Join | Step::Stands => Answer::Done(self.conductor.state()),
-        });
-    }
-
-    fn begun(&mut self, begun: Result<(), Refused>, who: Holder, reply: Reply) {
-        match begun {
-            Ok(()) => {
-                // Of a resume before it has come to the vCPUs, or of a pause that is taken back.
-                self.overtake();
-                self.askers.push((who, reply));
-            }
-            Err(refused) => reply.give(Answer::Refused(refused)),
-        }
-    }
-
-    /// Whoever asked for what is under way does not get it.
-    fn overtake(&mut self) {
-        self.answer(Answer::Overtaken(self.conductor.state()));
-    }
-
-    fn answer(&mut self, answer: Answer) {
-        for (_, asker) in self.askers.drain(..) {
-            asker.give(answer.clone());
-        }
-    }
-
     /// Does what the conductor says, and what follows from it.
     fn carry_out(&mut self) -> Option<Outcome> {
         let mut moved = false;
@@ -664,51 +552,10 @@ impl Machine {
         crate::thread::spawn("reload", work).map(drop)
     }
 
-    /// The time for answers is up.
-    fn answers_are_late(&mut self) -> Option<Outcome> {
-        self.answers_by = None;
-        let waits = self.whom_we_wait_for();
-        let before = self.conductor.state();
-        let late = self.conductor.time_is_up()?;
-        if late == Late::ResetFailed {
-            return Some(self.reset_failed(waits.join(", ")));
-        }
-        self.devices.reinforce();
-        // Whatever is done now, it is not what was asked for.
-        let askers = std::mem::take(&mut self.askers);
-        let outcome = self.carry_out();
-        warn!(self.log, "{late}: it waits for {}", waits.join(", "));
-        self.tell_state(before);
-        for (_, asker) in askers {
-            asker.give(Answer::Waits(self.conductor.state(), waits.clone()));
-        }
-        outcome
-    }
-
-    /// Who has not answered, for a person.
-    fn whom_we_wait_for(&self) -> Vec<String> {
-        let name = |pending| match pending {
-            Pending::Vcpu(index, event) => format!("vcpu{index} to {}", verb(event)),
-            Pending::Device(index, event) => format!("device {} to {}", self.lives[index].name, verb(event)),
-            Pending::Time => "vcpu0 to take in what time it is".into(),
-            Pending::Reload => "the guest to be loaded".into(),
-        };
-        self.conductor.pending().into_iter().map(name).collect()
-    }
-
     fn reset_failed(&mut self, why: String) -> Outcome {
         error!(self.log, "the machine cannot be reset: {why}");
         self.answer(Answer::Failed(why.clone()));
         Outcome::ResetFailed(why)
-    }
-}
-
-fn verb(event: Lifecycle) -> &'static str {
-    match event {
-        Lifecycle::Start => "start",
-        Lifecycle::Pause => "pause",
-        Lifecycle::Resume => "resume",
-        Lifecycle::Reset => "reset",
     }
 }
 

@@ -4,7 +4,9 @@
 //! |---|---|
 //! | `supervisor.rs` | what a machine is made of, and how it is put together |
 //! | `actor.rs` | the machine actor: watches, pauses, resets and ends everything; owns the state |
-//! | `actor/ending.rs` | how it ends them, and in what time |
+//! | `actor/asked.rs` | what is asked of it from outside |
+//! | `actor/late.rs` | what it says when somebody does not answer |
+//! | `actor/ending.rs` | how it ends everything, and in what time |
 //! | `state.rs` | the machine's states, as a pure state machine |
 //! | `holds.rs` | who wants it to stand still, a controller or a debugger: pure |
 //! | `conductor.rs` | who is told what in which order for a pause, a resume, a reset: pure |

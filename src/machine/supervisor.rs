@@ -603,6 +603,7 @@ impl<B: Backend + Send + 'static> Assembly<B> {
                     balloon,
                     begun: Instant::now(),
                 };
+                machine.look_from(observatory.second());
                 Plane {
                     signals: self.signals,
                     socket: self.socket,

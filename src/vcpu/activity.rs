@@ -190,6 +190,42 @@ pub struct Watch {
     /// What was seen last: the words, and when they were first seen so.
     seen: (u64, u64),
     since: Instant,
+    told: Arc<Told>,
+    /// Whether it tells, or is told.
+    leads: bool,
+}
+
+/// Since when a thread is at the same thing, as the one who looks often tells others.
+struct Told {
+    epoch: Instant,
+    /// At what, as a digest of [`TAG_BITS`]; and since when, in milliseconds from `epoch`. One word, which stands for itself.
+    since: AtomicU64,
+}
+
+const TAG_BITS: u32 = 24;
+const MS_BITS: u32 = u64::BITS - TAG_BITS;
+
+/// A digest of what was seen, at the place where it is in the word. Two things have the same by chance once in 2²⁴ times.
+fn tag((word, exits): (u64, u64)) -> u64 {
+    // Two odd numbers, of the golden ratio and of the square root of 3: multiplicative hashing [Knuth, TAOCP 3, 6.4].
+    let mixed = word.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ exits.wrapping_mul(0xbb67_ae85_84ca_a73b);
+    (mixed ^ mixed >> 32).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> MS_BITS << MS_BITS
+}
+
+impl Told {
+    fn tell(&self, seen: (u64, u64), since: Instant) {
+        let ms = since.saturating_duration_since(self.epoch).as_millis() as u64;
+        // 34 years fit.
+        self.since
+            .store(tag(seen) | ms & !(u64::MAX << MS_BITS), Ordering::Relaxed);
+    }
+
+    /// `None`: it was not seen at that.
+    fn since(&self, seen: (u64, u64)) -> Option<Instant> {
+        let word = self.since.load(Ordering::Relaxed);
+        let ms = Duration::from_millis(word & !(u64::MAX << MS_BITS));
+        (word >> MS_BITS << MS_BITS == tag(seen)).then(|| self.epoch + ms)
+    }
 }
 
 /// What a [`Watch`] tells.
@@ -206,10 +242,28 @@ pub struct Sighting {
 impl Watch {
     /// From now on.
     pub fn new(view: ActivityView) -> Watch {
+        let since = Instant::now();
+        let told = Told {
+            epoch: since,
+            since: AtomicU64::new(0),
+        };
         Watch {
             view,
             seen: (0, 0),
-            since: Instant::now(),
+            since,
+            told: Arc::new(told),
+            leads: true,
+        }
+    }
+
+    /// One for somebody who seldom looks: it knows since when from this one.
+    pub fn second(&self) -> Watch {
+        Watch {
+            view: self.view.clone(),
+            seen: self.seen,
+            since: self.since,
+            told: self.told.clone(),
+            leads: false,
         }
     }
 
@@ -220,6 +274,11 @@ impl Watch {
         if self.seen != (word, exits) {
             self.seen = (word, exits);
             self.since = now;
+            if self.leads {
+                self.told.tell(self.seen, now);
+            } else if let Some(since) = self.told.since(self.seen) {
+                self.since = since;
+            }
         }
         Sighting {
             doing: decode(word),
@@ -334,6 +393,25 @@ mod tests {
         assert_eq!(view.exits(), 0);
         activity.exited(true);
         assert_eq!((view.look(), view.exits()), (Doing::OtherExit, 1));
+    }
+
+    #[test]
+    fn a_second_watch_knows_from_the_first_since_when() {
+        let activity = Activity::new();
+        let mut first = Watch::new(activity.view());
+        let mut second = first.second();
+        let begin = first.since;
+        let at = |ms| begin + Duration::from_millis(ms);
+        activity.exited(true);
+        activity.at_device(3);
+        first.look(at(100));
+        assert_eq!(second.look(at(5_000)).age, Duration::from_millis(4_900));
+        // It is at something else, which the first has not seen.
+        activity.exited(true);
+        activity.at_device(3);
+        assert_eq!(second.look(at(6_000)).age, Duration::ZERO);
+        first.look(at(6_100));
+        assert_eq!(second.look(at(7_000)).age, Duration::from_millis(1_000));
     }
 
     #[test]

@@ -76,7 +76,7 @@ fn both_are_told_of_a_pause_that_somebody_stuck_holds_up() {
     let debugger = std::thread::spawn(move || address.ask(Command::Halt));
     wait_until("it is not pausing", || mired.why()["state"] == "pausing");
     // Within the time that the debugger's has, or after it: the same.
-    let waits = |answer: Answer| matches!(answer, Answer::Waits(State::Pausing, whom) if whom.contains(&"vcpu0 to pause".into()));
+    let waits = |answer: Answer| matches!(answer, Answer::Waits(State::Pausing, whom) if whom.iter().any(|who| who.starts_with("vcpu0 to pause (")));
     assert!(waits(mired.machine.address.ask(Command::Pause)));
     assert!(waits(debugger.join().unwrap()));
     mired.stands();

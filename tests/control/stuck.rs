@@ -203,10 +203,39 @@ fn a_pause_with_a_stuck_device_says_whom_it_waits_for_and_stops_the_others() {
     for kind in PLACEMENTS {
         let mut mired = Mired::start(kind);
         mired.goes_on();
+        // It has been stuck for some time when somebody asks.
+        wait_until("it is not stuck for half a second", || {
+            let why = mired.why();
+            let mut vcpus = why["vcpus"].as_array().unwrap().iter();
+            vcpus.any(|vcpu| vcpu["name"] == "vcpu0" && vcpu["ms"].as_u64() >= Some(500))
+        });
         let Answer::Waits(State::Pausing, whom) = mired.machine.address.ask(Command::Pause) else {
             panic!("{kind}: it is paused")
         };
-        assert!(whom.contains(&"vcpu0 to pause".to_string()), "{whom:?}");
+        // Device, message, and since when: since it is stuck, not since the pause, which has waited for 2 s.
+        let vcpu0 = whom
+            .iter()
+            .find(|who| who.starts_with("vcpu0 to pause ("))
+            .unwrap();
+        let (_, since) = vcpu0.split_once("tarpit with in 0xf6/1, for ").unwrap();
+        let ms: u64 = since[..since.find(' ').unwrap()].parse().unwrap();
+        assert!(ms >= 2_400, "{whom:?}");
+        match kind {
+            PlacementKind::Handoff => {
+                let runs = |who: &str| who.contains("it is at tarpit with in 0xf6/1, for ");
+                let waits = |who: &str| who.contains("; tarpit's turn is run by vcpu");
+                assert_eq!(whom.iter().filter(|who| runs(who)).count(), 1, "{whom:?}");
+                assert_eq!(whom.iter().filter(|who| waits(who)).count(), 1, "{whom:?}");
+            }
+            PlacementKind::Thread => assert!(
+                vcpu0.contains("; tarpit's turn is run by its own thread"),
+                "{vcpu0}"
+            ),
+            PlacementKind::Pool => assert!(
+                vcpu0.contains("; tarpit's turn is run by a thread of the pool"),
+                "{vcpu0}"
+            ),
+        }
         assert!(!whom.iter().any(|who| who.starts_with("vcpu1")), "{whom:?}");
         mired.stands();
         let why = mired.why();
