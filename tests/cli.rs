@@ -659,14 +659,42 @@ fn a_reader_that_leaves_loses_output_and_nothing_else() {
     );
 }
 
+/// What prints something and ends, and with which status.
+const PRINTS: [(&str, &[i32]); 6] = [
+    ("--help", &[0]),
+    ("--version", &[0]),
+    ("run --help", &[0]),
+    ("ctl --help", &[0]),
+    ("bench --list", &[0]),
+    ("doctor", &[0, HOST_TROUBLE]),
+];
+
+#[test]
+fn everything_that_prints_and_cannot_says_so() {
+    let place = Place::new();
+    for (words, _) in PRINTS {
+        let mut command = place.command(words);
+        let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+        let mut child = command.stdout(full).stderr(Stdio::piped()).spawn().unwrap();
+        let stderr = collect(child.stderr.take().unwrap());
+        let status = wait(&mut child, LIMIT);
+        let text = String::from_utf8(stderr.join().unwrap()).unwrap();
+        assert!(
+            text.starts_with("actor-vmm: cannot write to stdout: No space left on device"),
+            "{words}: {text}"
+        );
+        assert_eq!(
+            (status, text.lines().count()),
+            (HOST_TROUBLE, 1),
+            "{words}: {text}"
+        );
+    }
+}
+
 #[test]
 fn everything_that_prints_stands_a_reader_that_leaves() {
     let place = Place::new();
-    for (words, statuses) in [
-        ("--help", &[0][..]),
-        ("run --help", &[0]),
-        ("doctor", &[0, HOST_TROUBLE]),
-    ] {
+    for (words, statuses) in PRINTS {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
         let mut command = place.command(words);

@@ -358,6 +358,52 @@ fn verbs_from_stdin_are_done_one_after_the_other_until_one_cannot_be_done() {
 }
 
 #[test]
+fn answers_that_cannot_be_written_are_told_and_end_a_script() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new("full");
+    let machine = Machine::start(&place, &["--guest", "churn"]);
+    let socket = place.socket();
+    let run = |words: &[&str], stdin: Stdio, stdout: Stdio| {
+        let mut command = Command::new(PROGRAM);
+        command
+            .arg("ctl")
+            .arg(&socket)
+            .args(words)
+            .stdin(stdin)
+            .stdout(stdout);
+        let output = command.stderr(Stdio::piped()).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.code(), said)
+    };
+    let full = || Stdio::from(std::fs::File::options().write(true).open("/dev/full").unwrap());
+    let nobody = || Stdio::from(std::io::pipe().unwrap().1);
+    let verbs = |text: &str| {
+        std::fs::write(place.0.join("verbs"), text).unwrap();
+        Stdio::from(std::fs::File::open(place.0.join("verbs")).unwrap())
+    };
+    let told = "actor-vmm: cannot write to stdout: No space left on device (os error 28)\n";
+    for words in [&["status"][..], &["status", "--json"], &["kick"]] {
+        let (status, said) = run(words, Stdio::null(), full());
+        assert_eq!((status, said.as_str()), (Some(18), told), "{words:?}");
+        // Who has left has seen enough.
+        let (status, said) = run(words, Stdio::null(), nobody());
+        assert_eq!((status, said.as_str()), (Some(0), ""), "{words:?}");
+    }
+    // What was done is done; what is behind is not.
+    for (stdout, expected) in [(full(), (Some(18), told)), (nobody(), (Some(141), ""))] {
+        let (status, said) = run(&["-"], verbs("pause\nresume\n"), stdout);
+        assert_eq!((status, said.as_str()), expected);
+        assert_eq!(machine.state(), "paused");
+        ctl_ok(&socket, &["resume"]);
+    }
+    // Refused, with nobody who reads: it is the refusal that counts.
+    let (status, said) = run(&["-"], verbs("link net0 up\n"), full());
+    assert_eq!(status, Some(4), "{said}");
+}
+
+#[test]
 fn clients_that_are_broken_slow_or_silent_harm_nobody() {
     if !kvm() {
         return;

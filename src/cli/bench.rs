@@ -1,5 +1,6 @@
 //! `actor-vmm bench`: what a user types, and where the results go. The measuring is in [`crate::bench`].
 
+use super::stdout::show;
 use super::{chain, complain};
 use crate::bench::against::Program;
 use crate::bench::plan::{AGAINST, EXPERIMENTS, Source};
@@ -8,7 +9,7 @@ use crate::machine::outcome::status;
 use crate::machine::vm;
 use clap::Args;
 use std::fs::File;
-use std::io::{ErrorKind, IsTerminal, Write};
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -221,18 +222,6 @@ impl Bench {
             ));
         }
         Ok(plan)
-    }
-}
-
-/// Results on stdout. A reader that has seen enough is no trouble.
-fn show(text: &str) -> u8 {
-    let mut stdout = std::io::stdout();
-    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => complain(
-            &format!("cannot write to stdout: {}", chain(&error)),
-            status::HOST_TROUBLE,
-        ),
-        _ => 0,
     }
 }
 

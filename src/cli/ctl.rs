@@ -1,12 +1,13 @@
 //! `actor-vmm ctl`.
 
+use super::stdout::Stdout;
 use crate::control::client::{self, ClientError, Connection, Script};
 use crate::control::verbs::{self, Verb};
 use crate::machine::outcome::status;
 use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
+use nix::sys::signal::Signal;
 use serde_json::Value;
-use std::io::Write;
 use std::path::PathBuf;
 
 /// Exit statuses of `ctl`, for its help.
@@ -15,10 +16,13 @@ Exit status:
   0   done; with -, all of it
   2   bad usage, or a line of stdin that is no verb
   4   the machine refuses, or cannot do it now; the reason is on stderr
-  18  no machine can be reached there";
+  18  no machine can be reached there, or the answer cannot be written to stdout (it is done all the same)
+  141 with -: whoever reads the answers has left; the verbs behind the one whose answer he did not want are not done";
 
 /// The machine refuses.
 const REFUSED: u8 = 4;
+/// As of a program that SIGPIPE has ended.
+const READER_LEFT: u8 = 128 + Signal::SIGPIPE as u8;
 
 /// As typed by the user.
 #[derive(Args, Debug)]
@@ -90,25 +94,39 @@ impl Ctl {
             Err(error) => return super::complain(&super::chain(&error), status::HOST_TROUBLE),
         };
         if let Some((verb, request)) = one {
-            return self.ask(&mut machine, verb, &request, "");
+            let mut stdout = Stdout::default();
+            let status = self.ask(&mut machine, verb, &request, "", &mut stdout);
+            return stdout.status(status);
         }
+        let mut stdout = Stdout::default();
         let mut script = Script::new(std::io::stdin().lock());
         while let Some(next) = script.next() {
             let status = match next {
                 Ok((verb, request)) => {
-                    self.ask(&mut machine, verb, &request, &format!("line {}: ", script.line()))
+                    let place = format!("line {}: ", script.line());
+                    self.ask(&mut machine, verb, &request, &place, &mut stdout)
                 }
                 Err(error) => super::complain(&super::chain(&error), status::BAD_INPUT),
             };
-            if status != 0 {
-                return status;
+            if stdout.reader_left() {
+                return READER_LEFT;
+            }
+            if status != 0 || stdout.is_over() {
+                return stdout.status(status);
             }
         }
         0
     }
 
     /// One verb. `place` is where it comes from, for what is wrong.
-    fn ask(&self, machine: &mut Connection, verb: Verb, request: &Value, place: &str) -> u8 {
+    fn ask(
+        &self,
+        machine: &mut Connection,
+        verb: Verb,
+        request: &Value,
+        place: &str,
+        stdout: &mut Stdout,
+    ) -> u8 {
         match machine.ask(verb, request) {
             Ok(body) => {
                 let text = if self.json {
@@ -116,8 +134,7 @@ impl Ctl {
                 } else {
                     client::in_words(verb, &body)
                 };
-                // A reader that is gone needs no answer.
-                drop(writeln!(std::io::stdout(), "{text}"));
+                stdout.print(&format!("{text}\n"));
                 0
             }
             Err(error @ ClientError::Refused { .. }) => super::complain(&format!("{place}{error}"), REFUSED),

@@ -2,6 +2,7 @@
 //!
 //! It does not believe flags alone: it runs small guests, and looks what becomes of them.
 
+use super::stdout::Stdout;
 use crate::gdb::breakpoints::Mechanisms;
 use crate::gdb::probe;
 use crate::guests::probes::{INSTRUCTIONS, NOTHING, Probe};
@@ -15,7 +16,6 @@ use crate::vcpu::Cause;
 use crate::vcpu::exit::Exit;
 use kvm_ioctls::Cap;
 use slog::{Discard, Logger, o};
-use std::io::Write as _;
 use std::time::Duration;
 
 /// How long a probe of a few instructions may take before it counts as hung.
@@ -68,12 +68,17 @@ fn try_probe(probe: &Probe) -> Verdict {
 
 /// Runs all checks and prints what they found. Returns the exit status: 0 if stock kernels can run here.
 ///
-/// A reader that leaves early (`doctor | head -1`) ends the printing, and changes nothing else.
+/// A reader that leaves early changes nothing; see [`super::stdout`].
 pub fn run() -> u8 {
+    let mut stdout = Stdout::default();
+    let status = check(&mut stdout);
+    stdout.status(status)
+}
+
+fn check(stdout: &mut Stdout) -> u8 {
     macro_rules! println {
         ($($text:tt)*) => {
-            // What cannot be written has nobody left to read it.
-            drop(writeln!(std::io::stdout(), $($text)*))
+            stdout.print(&format!("{}\n", format_args!($($text)*)))
         };
     }
     let kvm = match vm::open() {

@@ -5,6 +5,7 @@ mod config;
 mod consoles;
 mod ctl;
 pub mod doctor;
+mod stdout;
 
 use self::consoles::{ConsoleChoice, Consoles};
 use crate::actors::PlacementKind;
@@ -33,6 +34,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
+use stdout::Stdout;
 
 /// A KVM virtual machine monitor made of actors.
 #[derive(Parser, Debug)]
@@ -347,13 +349,7 @@ impl Run {
             Ok(text) => text,
             Err(error) => return complain(&error.to_string(), status::BAD_INPUT),
         };
-        match std::io::stdout().write_all(text.as_bytes()) {
-            Ok(()) => 0,
-            Err(error) => complain(
-                &format!("stdout cannot be written: {error}"),
-                status::HOST_TROUBLE,
-            ),
-        }
+        stdout::show(&text)
     }
 
     /// What clap cannot see.
@@ -429,9 +425,13 @@ pub fn main() -> ExitCode {
         Ok(parsed) => parsed,
         Err(Mistyped::Line(error)) => {
             // Help and version go to stdout with 0, mistakes to stderr with 2.
-            let status = if error.use_stderr() { status::BAD_INPUT } else { 0 };
-            let _ = error.print();
-            return ExitCode::from(status);
+            let printed = error.print();
+            if error.use_stderr() {
+                return ExitCode::from(status::BAD_INPUT);
+            }
+            let mut stdout = Stdout::default();
+            stdout.wrote(printed.and_then(|()| std::io::stdout().flush()));
+            return ExitCode::from(stdout.status(0));
         }
         Err(Mistyped::File(error)) => return ExitCode::from(complain(&chain(&error), status::BAD_INPUT)),
     };
