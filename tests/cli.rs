@@ -309,8 +309,6 @@ fn disks_that_cannot_be_are_refused_before_anything_is_made() {
     ] {
         assert_refused(&place.run(words), BAD_INPUT, said);
     }
-    let ended = place.run("run --kernel k --vsock cid=3,uds=no/v");
-    assert_refused(&ended, HOST_TROUBLE, &["--vsock uds=no/v", "check the directory"]);
     for (words, said) in [
         ("--disk odd", &["--disk", "no key 'odd'"][..]),
         ("--disk path=disk,queues=99", &["--disk", "queues=99", "1 to 16"]),
@@ -324,6 +322,34 @@ fn disks_that_cannot_be_are_refused_before_anything_is_made() {
     ] {
         assert_usage(&place.run(&format!("run --kernel k {words}")), said);
     }
+}
+
+#[test]
+fn a_path_that_cannot_be_is_the_users_mistake_whatever_it_is_for() {
+    let place = Place::with_kernel(guest::exit());
+    place.file("file", b"precious");
+    let before = place.content();
+    let kvm = have_kvm();
+    for (words, needs_kvm) in [
+        ("--kernel {}", false),
+        ("--kernel k --initrd {}", false),
+        ("--kernel k --disk path={}", false),
+        ("--kernel k --vsock cid=3,uds={}", false),
+        ("--kernel k --gdb {}", false),
+        ("--kernel k --control {}", true),
+        ("--kernel k --console file:{}", true),
+        ("--kernel k --debug-console file:{}", true),
+    ] {
+        // A directory that is not there, and one that is none.
+        for path in ["nowhere/x", "file/x"] {
+            if needs_kvm && !kvm {
+                continue;
+            }
+            let ended = place.run(&format!("run {}", words.replace("{}", path)));
+            assert_refused(&ended, BAD_INPUT, &[path]);
+        }
+    }
+    assert_eq!(place.content(), before);
 }
 
 #[test]

@@ -712,6 +712,29 @@ fn one_gdb_at_a_time_over_a_socket_of_the_users_alone() {
 }
 
 #[test]
+fn a_killed_machine_leaves_a_name_that_the_next_one_takes_and_a_live_one_keeps_its() {
+    let place = Place::new();
+    let path = place.0.join("gdb");
+    let at = path.to_str().unwrap();
+    let Some(mut first) = Machine::start_at(at, "--guest debug") else {
+        return;
+    };
+    first.child.kill().unwrap();
+    first.child.wait().unwrap();
+    assert!(path.exists(), "SIGKILL leaves it, or this tests nothing");
+    let second = Machine::start_at(at, "--guest debug").unwrap();
+    let third = Command::new(PROGRAM)
+        .args(["run", "--guest", "debug", "--gdb", at])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&third.stderr);
+    assert_eq!(third.status.code(), Some(status::BAD_INPUT.into()), "{said}");
+    assert!(said.contains("another program listens there"), "{said}");
+    end(second.gdb(), second);
+    assert!(!path.exists(), "the socket goes with the machine");
+}
+
+#[test]
 fn nonsense_on_the_line_harms_nobody() {
     let place = Place::new();
     let path = place.0.join("gdb");
@@ -752,10 +775,10 @@ fn places_that_cannot_be_are_one_clear_error() {
     for (at, why) in [
         ("65536", "at most 65535"),
         ("", "expected a port"),
-        (port.as_str(), "somebody listens there already"),
-        (path.to_str().unwrap(), "somebody listens there already"),
+        (port.as_str(), "somebody listens at that port already"),
+        (path.to_str().unwrap(), "another program listens there"),
         (file.to_str().unwrap(), "no socket"),
-        ("/nonexistent/directory/gdb", "no such file"),
+        ("/nonexistent/directory/gdb", "check the directory"),
     ] {
         let ended = Command::new(PROGRAM)
             .args(["run", "--guest", "debug", "--timeout", "60", "--gdb", at])

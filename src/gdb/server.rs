@@ -12,12 +12,12 @@ use super::probe;
 use super::remote::{News, NewsAddress, Remote, news};
 use super::session::{Over, Session};
 use super::target::{Debugged, Debuggee as _, Ended};
+use crate::host::socket::{OwnedSocket, SocketError};
 use crate::machine::request::MachineAddress;
 use crate::machine::vm::VmError;
 use crate::vcpu::VcpuHandle;
 use crossbeam_channel::Receiver;
 use gdbstub::conn::Connection;
-use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 use slog::{Logger, error, info, warn};
@@ -25,8 +25,7 @@ use std::fmt;
 use std::io::{self, Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -83,15 +82,45 @@ impl fmt::Display for GdbPlace {
 
 /// Nobody can connect there.
 #[derive(Debug, thiserror::Error)]
-#[error("--gdb cannot listen at {place}: {why}")]
-pub struct GdbError {
-    place: GdbPlace,
-    why: String,
+pub enum GdbError {
+    /// A port.
+    #[error(
+        "--gdb {port}: somebody listens at that port already; choose another one, or 0 for any that is free"
+    )]
+    InUse {
+        /// As given.
+        port: u16,
+    },
+    /// A port that the host does not give.
+    #[error("--gdb {port}: the host does not let us listen there; choose another port")]
+    Port {
+        /// As given.
+        port: u16,
+        /// What it says.
+        source: io::Error,
+    },
+    /// A socket.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
 }
+
+impl GdbError {
+    /// Whether the user can mend it with another place.
+    pub fn is_bad_input(&self) -> bool {
+        match self {
+            GdbError::InUse { .. } => true,
+            GdbError::Port { source, .. } => source.kind() == io::ErrorKind::PermissionDenied,
+            GdbError::Socket(error) => error.is_bad_input(),
+        }
+    }
+}
+
+/// gdbs that wait to be accepted.
+const BACKLOG: i32 = 4;
 
 enum Socket {
     Tcp(TcpListener),
-    Unix(UnixListener, PathBuf),
+    Unix(OwnedSocket),
 }
 
 /// A socket that listens. Its file, if it has one, is removed with it.
@@ -107,55 +136,27 @@ impl Listener {
     /// # Errors
     /// See [`GdbError`].
     pub fn new(config: &GdbConfig) -> Result<Listener, GdbError> {
-        let failed = |why: String| GdbError {
-            place: config.place.clone(),
-            why,
-        };
-        let told = |error: io::Error| match error.kind() {
-            io::ErrorKind::AddrInUse => {
-                failed("somebody listens there already; choose another place, or 0 for any free port".into())
-            }
-            _ => failed(
-                Errno::from_raw(error.raw_os_error().unwrap_or(0))
-                    .desc()
-                    .to_lowercase(),
-            ),
-        };
         let (socket, place) = match &config.place {
-            GdbPlace::Port(port) => {
-                let socket = TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).map_err(told)?;
+            &GdbPlace::Port(port) => {
+                let told = |source: io::Error| match source.kind() {
+                    io::ErrorKind::AddrInUse => GdbError::InUse { port },
+                    _ => GdbError::Port { port, source },
+                };
+                let socket = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).map_err(told)?;
+                socket.set_nonblocking(true).map_err(told)?;
                 let port = socket.local_addr().map_err(told)?.port();
                 (Socket::Tcp(socket), GdbPlace::Port(port))
             }
             GdbPlace::Path(path) => {
-                // A socket that nobody listens at is what a killed machine left behind.
-                if let Ok(there) = std::fs::symlink_metadata(path) {
-                    if !there.file_type().is_socket() {
-                        return Err(failed("there is a file of that name, which is no socket".into()));
-                    }
-                    if matches!(UnixStream::connect(path), Err(error) if error.kind() == io::ErrorKind::ConnectionRefused)
-                    {
-                        std::fs::remove_file(path).map_err(told)?;
-                    }
-                }
-                let socket = UnixListener::bind(path).map_err(told)?;
-                // From here on the file goes with the listener.
-                let listener = Socket::Unix(socket, path.clone());
-                std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(told)?;
-                (listener, config.place.clone())
+                let socket = OwnedSocket::bind("--gdb ", path, BACKLOG)?;
+                (Socket::Unix(socket), config.place.clone())
             }
         };
-        let listener = Listener {
+        Ok(Listener {
             socket,
             place,
             wait: config.wait,
-        };
-        match &listener.socket {
-            Socket::Tcp(socket) => socket.set_nonblocking(true),
-            Socket::Unix(socket, _) => socket.set_nonblocking(true),
-        }
-        .map_err(told)?;
-        Ok(listener)
+        })
     }
 
     fn accept(&self) -> io::Result<Link> {
@@ -167,8 +168,8 @@ impl Listener {
                 stream.set_write_timeout(Some(WRITE_LIMIT))?;
                 Stream::Tcp(stream)
             }
-            Socket::Unix(socket, _) => {
-                let (stream, _) = socket.accept()?;
+            Socket::Unix(socket) => {
+                let (stream, _) = socket.listener().accept()?;
                 stream.set_write_timeout(Some(WRITE_LIMIT))?;
                 Stream::Unix(stream)
             }
@@ -184,15 +185,7 @@ impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match &self.socket {
             Socket::Tcp(socket) => socket.as_fd(),
-            Socket::Unix(socket, _) => socket.as_fd(),
-        }
-    }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        if let Socket::Unix(_, path) = &self.socket {
-            let _ = std::fs::remove_file(path);
+            Socket::Unix(socket) => socket.listener().as_fd(),
         }
     }
 }
@@ -471,32 +464,5 @@ mod tests {
         for wrong in ["", ",wait", "65536", "99999999999999999999"] {
             assert!(parse(wrong).is_err(), "{wrong}");
         }
-    }
-
-    #[test]
-    fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
-        let directory = std::env::temp_dir().join(format!("actor-vmm-gdb-{}", std::process::id()));
-        std::fs::create_dir_all(&directory).unwrap();
-        let config = GdbConfig {
-            place: GdbPlace::Path(directory.join("socket")),
-            wait: false,
-        };
-        let listener = Listener::new(&config).unwrap();
-        let GdbPlace::Path(path) = &config.place else {
-            panic!()
-        };
-        let mode = std::fs::metadata(path).unwrap().permissions().mode();
-        assert_eq!(mode & 0o777, 0o600);
-        assert!(Listener::new(&config).is_err(), "somebody listens");
-        drop(listener);
-        assert!(!path.exists());
-        // As after kill -9: the socket is there, and nobody behind it.
-        drop(UnixListener::bind(path).unwrap());
-        assert!(path.exists());
-        drop(Listener::new(&config).unwrap());
-        std::fs::write(path, "precious").unwrap();
-        assert!(Listener::new(&config).is_err(), "that is no socket");
-        assert_eq!(std::fs::read(path).unwrap(), b"precious");
-        std::fs::remove_dir_all(&directory).unwrap();
     }
 }

@@ -67,9 +67,22 @@ pub struct OwnedSocket {
 }
 
 impl SocketError {
-    /// Whether the user can mend it with another path.
+    /// Whether the user can mend it with another path, as for any file that he names: a directory that is not there, say.
     pub fn is_bad_input(&self) -> bool {
-        !matches!(self, SocketError::Host { .. })
+        let SocketError::Host { source, .. } = self else {
+            return true;
+        };
+        // What another path would not help against.
+        let host = [
+            Errno::EMFILE,
+            Errno::ENFILE,
+            Errno::ENOMEM,
+            Errno::ENOBUFS,
+            Errno::EWOULDBLOCK,
+        ];
+        !host
+            .iter()
+            .any(|errno| source.raw_os_error() == Some(*errno as i32))
     }
 }
 
@@ -269,6 +282,22 @@ mod tests {
             assert_eq!(got.len(), 1);
             UnixStream::connect(place.path()).unwrap();
         }
+    }
+
+    #[test]
+    fn a_directory_that_is_not_there_is_the_users_and_a_lack_of_descriptors_the_hosts() {
+        let place = Place::new("whose");
+        for wrong in [place.path().join("ctl"), "/proc/self/ctl".into()] {
+            let error = bind_at(&wrong).map(drop).unwrap_err();
+            assert!(error.is_bad_input(), "{error}");
+        }
+        let error = SocketError::Host {
+            option: "--control ",
+            path: place.path(),
+            what: "no socket can be made",
+            source: Errno::EMFILE.into(),
+        };
+        assert!(!error.is_bad_input());
     }
 
     #[test]

@@ -59,7 +59,7 @@ pub mod status {
     pub const TABLE: &str = "\
 Exit status:
   0        the guest powered itself off
-  2        bad usage, or a kernel, initrd or command line that cannot be used
+  2        bad usage, a kernel, initrd or command line that cannot be used, or a path
   10       the guest asked for a reset
   12       the guest's kernel panicked (told by pvpanic), or a triple fault
   14       internal error: neither the guest nor actor-vmm could go on

@@ -178,6 +178,7 @@ impl StartError {
         match self {
             StartError::Virtio(error) => return error.is_bad_input(),
             StartError::Control(error) => return error.is_bad_input(),
+            StartError::Gdb(error) => return error.is_bad_input(),
             _ => {}
         }
         matches!(
@@ -191,7 +192,6 @@ impl StartError {
                 | StartError::Image
                 | StartError::BalloonOfHugePages
                 | StartError::BalloonTooLarge { .. }
-                | StartError::Gdb(_)
                 | StartError::Vm(VmError::TooManyVcpus { .. } | VmError::AddressBits { .. })
         )
     }
