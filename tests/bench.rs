@@ -1,7 +1,10 @@
 //! `actor-vmm bench` as a user calls it: what it refuses, and the shape of what it writes. Not the figures.
 
+#[path = "host/kvm.rs"]
+mod kvm;
+
+use kvm::have_kvm;
 use serde_json::Value;
-use std::fs::File;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
@@ -165,8 +168,7 @@ fn results_that_cannot_be_written_are_told() {
 
 /// The rows of a run on KVM; `None` where there is none.
 fn rows_on_kvm(name: &str, args: &[&str]) -> Option<Vec<Value>> {
-    if File::options().read(true).write(true).open("/dev/kvm").is_err() {
-        eprintln!("skipped: /dev/kvm cannot be used");
+    if !have_kvm() {
         return None;
     }
     let json = scratch(name);
@@ -295,8 +297,7 @@ fn the_same_guest_runs_in_any_program_that_a_template_names() {
 
 #[test]
 fn a_program_that_cannot_run_the_guest_is_named() {
-    if File::options().read(true).write(true).open("/dev/kvm").is_err() {
-        eprintln!("skipped: /dev/kvm cannot be used");
+    if !have_kvm() {
         return;
     }
     let output = bench(&[

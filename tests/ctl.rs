@@ -4,6 +4,10 @@
 //! A host without `/dev/kvm` skips all of it and says so; under CI that is a failure. Limits of time are against hangs
 //! only.
 
+#[path = "host/kvm.rs"]
+mod kvm;
+
+use kvm::have_kvm;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -17,18 +21,6 @@ use std::time::{Duration, Instant};
 const PROGRAM: &str = env!("CARGO_BIN_EXE_actor-vmm");
 /// Hang protection.
 const LIMIT: Duration = Duration::from_secs(60);
-
-/// Whether there is a KVM to test with.
-fn kvm() -> bool {
-    match std::fs::File::options().read(true).write(true).open("/dev/kvm") {
-        Ok(_) => true,
-        Err(error) if std::env::var_os("CI").is_some() => panic!("/dev/kvm cannot be opened: {error}"),
-        Err(error) => {
-            let _ = writeln!(std::io::stderr(), "SKIPPED: no /dev/kvm ({error})");
-            false
-        }
-    }
-}
 
 /// A directory of one test, gone with the value.
 struct Place(PathBuf);
@@ -166,7 +158,7 @@ const GUEST: [&str; 4] = ["--guest", "churn", "--cpus", "4"];
 
 #[test]
 fn every_verb_does_what_it_says() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     let place = Place::new("verbs");
@@ -255,7 +247,7 @@ fn script(socket: &Path, text: &[u8], words: &[&str]) -> Output {
 
 #[test]
 fn verbs_from_stdin_are_done_one_after_the_other_until_one_cannot_be_done() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     let place = Place::new("script");
@@ -359,7 +351,7 @@ fn verbs_from_stdin_are_done_one_after_the_other_until_one_cannot_be_done() {
 
 #[test]
 fn answers_that_cannot_be_written_are_told_and_end_a_script() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     let place = Place::new("full");
@@ -405,7 +397,7 @@ fn answers_that_cannot_be_written_are_told_and_end_a_script() {
 
 #[test]
 fn clients_that_are_broken_slow_or_silent_harm_nobody() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     let place = Place::new("clients");
@@ -491,7 +483,7 @@ fn clients_that_are_broken_slow_or_silent_harm_nobody() {
 
 #[test]
 fn a_killed_machine_leaves_a_name_that_the_next_one_takes_and_a_live_one_keeps_its() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     let place = Place::new("stale");
@@ -515,7 +507,7 @@ fn a_killed_machine_leaves_a_name_that_the_next_one_takes_and_a_live_one_keeps_i
 
 #[test]
 fn signals_end_dump_or_do_nothing() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     let place = Place::new("signals");
@@ -546,7 +538,7 @@ fn signals_end_dump_or_do_nothing() {
 
 #[test]
 fn a_machine_with_a_stuck_device_is_stopped_by_a_signal_and_why_names_it() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     let place = Place::new("tarpit");
@@ -605,7 +597,7 @@ fn end_stuck(place: &Place, end: &str) -> Duration {
 
 #[test]
 fn a_reset_by_the_guest_reboots_it_in_place_until_somebody_stops_it() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     let place = Place::new("reboot");
@@ -622,7 +614,7 @@ fn a_reset_by_the_guest_reboots_it_in_place_until_somebody_stops_it() {
 
 #[test]
 fn a_signal_during_boot_ends_it_and_leaves_no_socket() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     let place = Place::new("boot");
@@ -671,7 +663,7 @@ fn a_signal_during_boot_ends_it_and_leaves_no_socket() {
 
 #[test]
 fn a_sigbus_that_somebody_sends_kills_as_it_does_any_program() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     let place = Place::new("bus");

@@ -3,10 +3,14 @@
 //! A gdb is driven through pipes and waited for by what it prints; the program by its log. Nothing waits by sleeping.
 //! A host without `/dev/kvm` or gdb skips all of it and says so; under CI that is a failure.
 
+#[path = "host/kvm.rs"]
+mod kvm;
+
 use actor_vmm::guests::LOAD_ADDRESS;
 use actor_vmm::guests::cases::PASSED;
 use actor_vmm::guests::debug::{COUNTER, FUNCTION, LOOP, STOP};
 use actor_vmm::machine::outcome::{Outcome, status};
+use kvm::{have_kvm, skipped};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::io::{Read, Write};
@@ -117,12 +121,13 @@ impl Machine {
     }
 
     fn start_at(place: &str, words: &str) -> Option<Machine> {
-        for needed in ["/dev/kvm", "/usr/bin/gdb"] {
-            if !Path::new(needed).exists() {
-                assert!(std::env::var_os("CI").is_none(), "CI must have {needed}");
-                let _ = writeln!(std::io::stderr(), "**** SKIPPED: there is no {needed} ****");
-                return None;
-            }
+        if !have_kvm() {
+            return None;
+        }
+        if !Path::new("/usr/bin/gdb").exists() {
+            assert!(std::env::var_os("CI").is_none(), "CI must have /usr/bin/gdb");
+            skipped("there is no /usr/bin/gdb");
+            return None;
         }
         let mut child = Command::new(PROGRAM)
             .args(["run", "--log-level", "debug", "--timeout", "120", "--gdb", place])
@@ -762,7 +767,7 @@ fn nonsense_on_the_line_harms_nobody() {
 
 #[test]
 fn places_that_cannot_be_are_one_clear_error() {
-    if !Path::new("/dev/kvm").exists() {
+    if !have_kvm() {
         return;
     }
     let place = Place::new();

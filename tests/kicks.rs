@@ -4,6 +4,9 @@
 //! design.md for what a million said. A host without `/dev/kvm` skips what needs it and says so; under CI that is a
 //! failure. Limits of time are against hangs only.
 
+#[path = "host/kvm.rs"]
+mod kvm;
+
 use actor_vmm::actors::{Address, Lifecycle, Placement, Port};
 use actor_vmm::boot::layout::io;
 use actor_vmm::clock::Clock;
@@ -23,6 +26,7 @@ use actor_vmm::vcpu::registers::Registers;
 use actor_vmm::vcpu::route::{Route, RoutingTable, Space, Target};
 use actor_vmm::vcpu::{Vcpu, VcpuEvent, VcpuHandle, VcpuMessage, VcpuNews, vcpu_mailbox};
 use crossbeam_channel::{Receiver, Sender, bounded};
+use kvm::have_kvm;
 use slog::{Discard, Logger, o};
 use std::io::Write as _;
 use std::sync::Arc;
@@ -33,18 +37,6 @@ use vm_memory::{Bytes, GuestAddress};
 
 /// After this a kick is lost.
 const LOST: Duration = Duration::from_secs(20);
-
-/// Whether there is a KVM to test with.
-fn kvm() -> bool {
-    match std::fs::File::options().read(true).write(true).open("/dev/kvm") {
-        Ok(_) => true,
-        Err(error) if std::env::var_os("CI").is_some() => panic!("/dev/kvm cannot be opened: {error}"),
-        Err(error) => {
-            tell(&format!("SKIPPED: no /dev/kvm ({error})"));
-            false
-        }
-    }
-}
 
 /// Told to a person even when the test passes.
 fn tell(text: &str) {
@@ -214,7 +206,7 @@ impl Running {
 
 #[test]
 fn no_kick_is_lost_or_doubled_whatever_the_vcpu_does() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     let rounds = kicks() / LOADS.len() as u64 / 2;
@@ -327,7 +319,7 @@ fn stay(
 
 #[test]
 fn a_burst_of_kicks_costs_one_signal_a_stay() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     kick::install_handler().unwrap();
@@ -421,7 +413,7 @@ impl Backend for Between {
 
 #[test]
 fn a_kick_between_the_flag_check_and_kvm_run_is_not_lost() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     for load in [Load::Spin, Load::Halt] {
@@ -459,7 +451,7 @@ fn a_kick_between_the_flag_check_and_kvm_run_is_not_lost() {
 
 #[test]
 fn a_kick_before_the_thread_is_ready_is_heard_when_it_is() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     for load in LOADS {

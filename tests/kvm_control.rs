@@ -6,6 +6,9 @@
 //!
 //! `ACTOR_VMM_PAUSES=10000` pauses so often instead of 500 times.
 
+#[path = "host/kvm.rs"]
+mod kvm;
+
 use actor_vmm::guests::cases;
 use actor_vmm::host::console::ConsoleKind;
 use actor_vmm::machine::dispatch::Dispatch;
@@ -14,26 +17,14 @@ use actor_vmm::machine::outcome::Outcome;
 use actor_vmm::machine::request::{Answer, Command, Inbox, MachineAddress};
 use actor_vmm::machine::state::State;
 use actor_vmm::machine::supervisor::{self, MachineConfig, OnReset};
+use kvm::have_kvm;
 use slog::{Discard, Logger, o};
-use std::io::Write as _;
 use std::path::PathBuf;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// Hang protection.
 const LIMIT: Duration = Duration::from_secs(600);
-
-/// Whether there is a KVM to test with.
-fn kvm() -> bool {
-    match std::fs::File::options().read(true).write(true).open("/dev/kvm") {
-        Ok(_) => true,
-        Err(error) if std::env::var_os("CI").is_some() => panic!("/dev/kvm cannot be opened: {error}"),
-        Err(error) => {
-            let _ = writeln!(std::io::stderr(), "SKIPPED: no /dev/kvm ({error})");
-            false
-        }
-    }
-}
 
 /// A machine on a thread of its own, with its console in a file.
 struct Machine {
@@ -121,7 +112,7 @@ impl Machine {
 
 #[test]
 fn four_processors_under_io_notice_no_pause() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     let machine = Machine::start("pause", "churn", 4, |_| {});
@@ -138,7 +129,7 @@ fn four_processors_under_io_notice_no_pause() {
 
 #[test]
 fn four_processors_are_reset_in_place_a_hundred_times() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     for backing in [Backing::Memfd, Backing::Anonymous] {

@@ -3,6 +3,9 @@
 //! Most run the program itself, as a user would, and look at its output and exit status. A host without `/dev/kvm`
 //! skips all of it and says so; under CI that is a failure. Limits of time are against hangs only.
 
+#[path = "host/kvm.rs"]
+mod kvm;
+
 use actor_vmm::boot::layout;
 use actor_vmm::devices::Direction;
 use actor_vmm::guests::cases::{self, CASES, PASSED};
@@ -18,6 +21,7 @@ use actor_vmm::vcpu::Cause;
 use actor_vmm::vcpu::backend::{Backend as _, RunError};
 use actor_vmm::vcpu::exit::Exit;
 use crossbeam_channel::{Receiver, bounded};
+use kvm::have_kvm;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use slog::{Discard, Logger, o};
@@ -42,18 +46,6 @@ fn exit_status(value: u8) -> i32 {
 /// Told to a person even when the test passes: the test harness captures only what goes through `eprintln!`.
 fn tell(text: &str) {
     let _ = writeln!(std::io::stderr(), "{text}");
-}
-
-/// Whether there is a KVM to test with.
-fn kvm() -> bool {
-    match std::fs::File::options().read(true).write(true).open("/dev/kvm") {
-        Ok(_) => true,
-        Err(error) if std::env::var_os("CI").is_some() => panic!("/dev/kvm cannot be opened: {error}"),
-        Err(error) => {
-            tell(&format!("SKIPPED: no /dev/kvm ({error})"));
-            false
-        }
-    }
 }
 
 /// How a program ended.
@@ -178,7 +170,7 @@ impl Drop for Running {
 
 #[test]
 fn the_demo_finds_all_well() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     for cpus in ["1", "2", "16", "64"] {
@@ -198,7 +190,7 @@ fn the_demo_finds_all_well() {
 
 #[test]
 fn all_modes_say_hello() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     for bits in ["16", "32", "64"] {
@@ -215,7 +207,7 @@ fn all_modes_say_hello() {
 
 #[test]
 fn string_instructions_work_in_all_modes() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     for name in ["real_string", "flat32_string", "flat64_string"] {
@@ -232,7 +224,7 @@ fn string_instructions_work_in_all_modes() {
 
 #[test]
 fn ports_and_memory_of_all_widths() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     run_guest("ports").expect(exit_status(PASSED), "");
@@ -250,7 +242,7 @@ fn ports_and_memory_of_all_widths() {
 
 #[test]
 fn interrupts_arrive_and_end_halts() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     for name in [
@@ -274,7 +266,7 @@ fn interrupts_arrive_and_end_halts() {
 
 #[test]
 fn the_serial_port_sends_and_receives_by_interrupts_wherever_it_runs() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     let text = b"More than one FIFO of the serial port can take, until a full stop.";
@@ -290,7 +282,7 @@ fn the_serial_port_sends_and_receives_by_interrupts_wherever_it_runs() {
 
 #[test]
 fn all_processors_start() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     for name in ["smp_xapic", "smp_x2apic", "smp_broadcast"] {
@@ -303,7 +295,7 @@ fn all_processors_start() {
 
 #[test]
 fn guests_end_machines_with_the_documented_status() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     for (name, status) in [
@@ -321,7 +313,7 @@ fn guests_end_machines_with_the_documented_status() {
 
 #[test]
 fn an_instruction_that_kvm_does_not_know_is_an_internal_error_with_a_diagnosis() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     for probe in &INSTRUCTIONS {
@@ -353,7 +345,7 @@ fn an_instruction_that_kvm_does_not_know_is_an_internal_error_with_a_diagnosis()
 
 #[test]
 fn signals_end_running_halted_and_spinning_guests_promptly() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     for (name, cpus) in [
@@ -452,7 +444,7 @@ fn exits(name: &str, irqchip: bool) -> Vec<Exit> {
 
 #[test]
 fn a_halt_without_interrupt_controllers_is_an_exit_and_can_be_stopped() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     assert_eq!(exits("halted", false).last(), Some(&Exit::Hlt));
@@ -466,7 +458,7 @@ fn a_halt_without_interrupt_controllers_is_an_exit_and_can_be_stopped() {
 
 #[test]
 fn memory_exits_have_all_widths_and_split_at_pages() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     let exits = exits("memory", true);
@@ -493,7 +485,7 @@ fn memory_exits_have_all_widths_and_split_at_pages() {
 
 #[test]
 fn a_debug_exit_that_nobody_asked_for_is_an_internal_error() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     let (vm, fd, config) = machine_of_one("spin", true);
@@ -519,7 +511,7 @@ fn a_debug_exit_that_nobody_asked_for_is_an_internal_error() {
 
 #[test]
 fn registers_that_the_processor_refuses_are_an_internal_error() {
-    if !kvm() {
+    if !have_kvm() {
         return;
     }
     let (vm, fd, config) = machine_of_one("spin", true);

@@ -1,7 +1,6 @@
 //! `--config` and `--dry-run`.
 
-use crate::process::Place;
-use crate::{BAD_INPUT, assert_refused};
+use crate::process::{BAD_INPUT, Place, assert_refused};
 
 #[test]
 fn a_machine_is_printed_as_a_file_that_says_the_same() {

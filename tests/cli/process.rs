@@ -1,11 +1,12 @@
 //! Runs the program with limits, and looks at what it leaves behind.
 
 use std::ffi::OsStr;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// The program.
@@ -16,25 +17,11 @@ pub const LIMIT: Duration = Duration::from_secs(60);
 /// `tests/kvm_guests.rs` holds the second itself.
 pub const PROMPT: Duration = Duration::from_secs(20);
 
-/// Says on stderr, past the capture of the test harness, that something is not tested.
-pub fn skipped(why: &str) {
-    let _ = writeln!(std::io::stderr(), "**** SKIPPED: {why} ****");
-}
-
-/// Whether /dev/kvm can be used. CI must have it.
-pub fn have_kvm() -> bool {
-    match std::fs::File::options().read(true).write(true).open("/dev/kvm") {
-        Ok(_) => true,
-        Err(error) => {
-            assert!(
-                std::env::var_os("CI").is_none(),
-                "CI must have a usable /dev/kvm: {error}"
-            );
-            skipped(&format!("/dev/kvm cannot be used ({error})"));
-            false
-        }
-    }
-}
+/// Exit statuses.
+pub const BAD_INPUT: i32 = 2;
+pub const HOST_TROUBLE: i32 = 18;
+/// Of guests that end by themselves: 2 * 5 + 1.
+pub const GUEST_EXIT: i32 = 11;
 
 /// A directory of one test, which is the program's working directory and is gone with the value.
 pub struct Place(PathBuf);
@@ -87,6 +74,14 @@ impl Place {
         self.command_of(PROGRAM, words.split_whitespace())
     }
 
+    /// The same as a session leader, which needs no process group of its own.
+    pub fn session_command(&self, words: &str) -> Command {
+        let mut command = Command::new(PROGRAM);
+        command.args(words.split_whitespace()).current_dir(&self.0);
+        hang_up_by_default(&mut command);
+        command
+    }
+
     pub fn command_of<I: AsRef<OsStr>>(
         &self,
         program: impl AsRef<OsStr>,
@@ -112,7 +107,7 @@ impl Drop for Place {
 }
 
 /// The program leaves a hang-up ignored that was ignored before it (nohup), and a test run under nohup hands that on.
-pub fn hang_up_by_default(command: &mut Command) {
+fn hang_up_by_default(command: &mut Command) {
     // SAFETY: one system call between fork and exec, async-signal-safe.
     unsafe {
         command.pre_exec(|| match libc::signal(libc::SIGHUP, libc::SIG_DFL) {
@@ -170,8 +165,34 @@ pub fn finish(command: &mut Command) -> Ended {
     }
 }
 
+/// A program that runs, with its stdin and stdout in the hands of the test.
+pub struct Piped {
+    pub child: Child,
+    pub stdin: ChildStdin,
+    pub stdout: ChildStdout,
+    /// All of its stderr, once it has ended.
+    pub stderr: JoinHandle<Vec<u8>>,
+}
+
+impl Piped {
+    pub fn start(command: &mut Command) -> Piped {
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        Piped {
+            stdin: child.stdin.take().unwrap(),
+            stdout: child.stdout.take().unwrap(),
+            stderr: collect(child.stderr.take().unwrap()),
+            child,
+        }
+    }
+}
+
 /// Collects what comes until the other side is closed.
-pub fn collect(mut from: impl Read + Send + 'static) -> std::thread::JoinHandle<Vec<u8>> {
+pub fn collect(mut from: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
     std::thread::spawn(move || {
         let mut all = Vec::new();
         let _ = from.read_to_end(&mut all);
@@ -259,4 +280,39 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
         assert!(Instant::now() < deadline, "never: {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// One line of ours that has all of `needles`, nothing else, and this status.
+#[track_caller]
+pub fn assert_refused(ended: &Ended, status: i32, needles: &[&str]) {
+    ended.assert_no_panic();
+    let lines: Vec<_> = ended.stderr.lines().collect();
+    assert_eq!(lines.len(), 1, "{}", ended.stderr);
+    assert!(lines[0].starts_with("actor-vmm: "), "{}", ended.stderr);
+    for needle in needles {
+        assert!(
+            ended.stderr.contains(needle),
+            "no '{needle}' in: {}",
+            ended.stderr
+        );
+    }
+    assert_eq!(ended.status, status, "{}", ended.stderr);
+    assert!(ended.stdout.is_empty());
+}
+
+/// A usage error: the argument parser's few lines, with all of `needles`.
+#[track_caller]
+pub fn assert_usage(ended: &Ended, needles: &[&str]) {
+    ended.assert_no_panic();
+    assert!(ended.stderr.starts_with("error: "), "{}", ended.stderr);
+    assert!(ended.stderr.lines().count() <= 8, "{}", ended.stderr);
+    for needle in needles {
+        assert!(
+            ended.stderr.contains(needle),
+            "no '{needle}' in: {}",
+            ended.stderr
+        );
+    }
+    assert_eq!(ended.status, BAD_INPUT);
+    assert!(ended.stdout.is_empty());
 }
