@@ -45,8 +45,12 @@ impl Clock {
     }
 
     fn host(&self) -> u64 {
+        self.host_at(Instant::now())
+    }
+
+    fn host_at(&self, at: Instant) -> u64 {
         // 292 years fit into 63 bits of nanoseconds.
-        self.origin.elapsed().as_nanos() as u64
+        at.saturating_duration_since(self.origin).as_nanos() as u64
     }
 
     /// Guest time now.
@@ -66,17 +70,31 @@ impl Clock {
         self.state.load(Ordering::Relaxed) & FROZEN != 0
     }
 
-    /// Stops it. For the machine actor.
+    /// Stops it now. For the machine actor.
     pub fn freeze(&self) {
-        self.state.store(FROZEN | self.now().0, Ordering::Relaxed);
+        self.freeze_at(Instant::now());
+    }
+
+    /// Stops it at a moment that has just been, so that it stops together with another clock.
+    pub fn freeze_at(&self, at: Instant) {
+        let state = self.state.load(Ordering::Relaxed);
+        if state & FROZEN == 0 {
+            let stands = self.host_at(at).saturating_sub(state);
+            self.state.store(FROZEN | stands, Ordering::Relaxed);
+        }
     }
 
     /// Lets it run on from where it stands. For the machine actor.
     pub fn thaw(&self) {
+        self.thaw_at(Instant::now());
+    }
+
+    /// Lets it run on as from a moment that has just been.
+    pub fn thaw_at(&self, at: Instant) {
         let state = self.state.load(Ordering::Relaxed);
         if state & FROZEN != 0 {
-            self.state
-                .store(self.host() - (state & !FROZEN), Ordering::Relaxed);
+            let behind = self.host_at(at).saturating_sub(state & !FROZEN);
+            self.state.store(behind, Ordering::Relaxed);
         }
     }
 }
@@ -103,5 +121,17 @@ mod tests {
             after >= frozen && after.0 - frozen.0 < 1_000_000_000,
             "{frozen:?} {after:?}"
         );
+    }
+
+    #[test]
+    fn it_stops_and_goes_on_at_the_moments_that_another_clock_did() {
+        let clock = Clock::new();
+        let after_ms = |ms| clock.origin + std::time::Duration::from_millis(ms);
+        clock.freeze_at(after_ms(5000));
+        assert_eq!(clock.now(), Nanos(5_000_000_000));
+        // As if it had stood from 5 s to 7 s.
+        clock.thaw_at(after_ms(7000));
+        clock.freeze_at(after_ms(8000));
+        assert_eq!(clock.now(), Nanos(6_000_000_000));
     }
 }

@@ -28,7 +28,7 @@ use slog::{Discard, Logger, o};
 use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 /// Every way to reach devices.
@@ -247,8 +247,12 @@ impl Source for Touches {
 struct WithMemory(Arc<MemoryWatch>);
 
 impl Platform for WithMemory {
-    fn freeze(&mut self) {}
-    fn thaw(&mut self, _: Duration) {}
+    fn freeze(&mut self) -> Instant {
+        Instant::now()
+    }
+    fn thaw(&mut self, _: Duration) -> Instant {
+        Instant::now()
+    }
     fn reset(&mut self) -> Result<Option<EntryPoint>, StartError> {
         Ok(None)
     }

@@ -519,19 +519,16 @@ impl Machine {
     }
 
     fn freeze(&mut self) {
-        if let Some(platform) = &mut self.platform {
-            platform.freeze();
-        }
-        self.clock.freeze();
-        self.frozen_at = Some(Instant::now());
+        let at = self.platform.as_mut().map(|platform| platform.freeze());
+        let at = at.unwrap_or_else(Instant::now);
+        self.clock.freeze_at(at);
+        self.frozen_at = Some(at);
     }
 
     fn thaw(&mut self) {
         let stood = self.frozen_at.take().map_or(Duration::ZERO, |at| at.elapsed());
-        if let Some(platform) = &mut self.platform {
-            platform.thaw(stood);
-        }
-        self.clock.thaw();
+        let at = self.platform.as_mut().map(|platform| platform.thaw(stood));
+        self.clock.thaw_at(at.unwrap_or_else(Instant::now));
         // Its deadlines are due again.
         wake(&self.waker);
     }

@@ -5,15 +5,16 @@ use super::supervisor::StartError;
 use crate::boot::EntryPoint;
 use crate::host::bus::MemoryWatch;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Used by the machine actor, and by the thread that loads the guest anew; by one at a time.
 pub trait Platform: Send + 'static {
-    /// Guest time stands. All vCPUs are paused, or are being waited for in vain.
-    fn freeze(&mut self);
+    /// Guest time stands. All vCPUs are paused, or are being waited for in vain. Returns the moment at which it stopped: the
+    /// machine's own clock stops there too.
+    fn freeze(&mut self) -> Instant;
 
-    /// Guest time goes on, after it stood for so long.
-    fn thaw(&mut self, stood: Duration);
+    /// Guest time goes on, after it stood for so long; from the moment that is returned.
+    fn thaw(&mut self, stood: Duration) -> Instant;
 
     /// Everything as after power-on, and the guest loaded; all vCPUs and devices are paused. Where the boot processor
     /// starts, if it is not where it did before.
@@ -32,9 +33,13 @@ pub trait Platform: Send + 'static {
 pub struct NoPlatform;
 
 impl Platform for NoPlatform {
-    fn freeze(&mut self) {}
+    fn freeze(&mut self) -> Instant {
+        Instant::now()
+    }
 
-    fn thaw(&mut self, _stood: Duration) {}
+    fn thaw(&mut self, _stood: Duration) -> Instant {
+        Instant::now()
+    }
 
     fn reset(&mut self) -> Result<Option<EntryPoint>, StartError> {
         Ok(None)

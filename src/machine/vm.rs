@@ -18,7 +18,7 @@ use kvm_bindings as kvm;
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use slog::Logger;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -453,25 +453,51 @@ impl VmPlatform {
 /// in a burst. A shorter one is left to catch up: a guest that counts ticks shall have them.
 const PIT_FORGETS: Duration = Duration::from_millis(100);
 
+/// By so much the host's clock and KVM's may be apart at the moment that is taken for both.
+const APART: Duration = Duration::from_micros(100);
+/// How often that is tried.
+const TRIES: usize = 20;
+
+/// Does something to KVM's clock, and tells at which moment. Who loses the processor in between does not know that moment, and
+/// the guest's clock and its devices' time would be apart by what he had to wait, for ever; so he does it again. The vCPUs
+/// stand, and nobody has seen it.
+fn at_one_moment<T>(mut act: impl FnMut() -> T) -> (T, Instant) {
+    let mut tries = (0..TRIES).map(|_| {
+        let begin = Instant::now();
+        let done = act();
+        let took = begin.elapsed();
+        (took, (done, begin + took / 2))
+    });
+    let (mut took, mut last) = tries.next().expect("there is a first");
+    while took > APART
+        && let Some(next) = tries.next()
+    {
+        (took, last) = next;
+    }
+    last
+}
+
 impl Platform for VmPlatform {
-    fn freeze(&mut self) {
+    fn freeze(&mut self) -> Instant {
         // A host without the clock has guests without it. The TSC and what is made of it (the local APIC's deadline)
         // cannot be stopped; guests that use it as a clock see the pause, as on QEMU.
-        let clock = self.vm.get_clock().ok();
+        let (clock, at) = at_one_moment(|| self.vm.get_clock().ok());
         let pit = self.pit.and_then(|_| self.vm.get_pit2().ok());
         self.frozen = clock.map(|clock| (clock, pit));
+        at
     }
 
-    fn thaw(&mut self, stood: Duration) {
+    fn thaw(&mut self, stood: Duration) -> Instant {
         let Some((mut clock, pit)) = self.frozen.take() else {
-            return;
+            return Instant::now();
         };
         // Flags say how the clock was read, not how to set it. [KVM api: KVM_SET_CLOCK]
         clock.flags = 0;
-        let _ = self.vm.set_clock(&clock);
+        let (_, at) = at_one_moment(|| self.vm.set_clock(&clock));
         if let Some(pit) = pit.filter(|_| stood >= PIT_FORGETS) {
             let _ = self.vm.set_pit2(&pit);
         }
+        at
     }
 
     fn reset(&mut self) -> Result<Option<EntryPoint>, StartError> {

@@ -386,10 +386,13 @@ fn a_pause_and_a_reset_are_answered_in_time_though_nobody_has_to_be_told_anythin
 struct Stops(Arc<AtomicU64>);
 
 impl Platform for Stops {
-    fn freeze(&mut self) {
+    fn freeze(&mut self) -> Instant {
         self.0.fetch_add(1, Ordering::Relaxed);
+        Instant::now()
     }
-    fn thaw(&mut self, _: Duration) {}
+    fn thaw(&mut self, _: Duration) -> Instant {
+        Instant::now()
+    }
     fn reset(&mut self) -> Result<Option<EntryPoint>, StartError> {
         Ok(None)
     }
