@@ -7,6 +7,8 @@ mod common;
 mod ends;
 #[path = "control/holds.rs"]
 mod holds;
+#[path = "control/start.rs"]
+mod start;
 #[path = "control/stuck.rs"]
 mod stuck;
 

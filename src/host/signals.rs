@@ -93,6 +93,11 @@ pub fn ends(signal: i32) -> bool {
     ENDING.contains(&signal)
 }
 
+/// Whether a signal that ends the machine has come, be it heard or not.
+pub fn end_is_wanted() -> bool {
+    ENDS.load(Ordering::SeqCst)
+}
+
 /// The first ends the machine by way of its actors; whoever sends another has waited long enough.
 fn again(signal: i32) {
     if ENDS.swap(true, Ordering::SeqCst) {

@@ -24,6 +24,7 @@ use crate::devices::MachineRequest;
 use crate::gdb::server::{self as gdb, GdbHandle};
 use crate::host::character::{Waker, wake};
 use crate::host::events::{EventLoopHandle, HostEvent};
+use crate::host::signals;
 use crate::simulation::{self, Planted};
 use crate::vcpu::activity::ActivityView;
 use crate::vcpu::backend::Backend;
@@ -106,6 +107,54 @@ pub(super) struct Machine {
     log: Logger,
 }
 
+/// Why a machine's vCPUs were not started.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NotStarted {
+    /// The host gives no thread.
+    #[error(transparent)]
+    Host(#[from] std::io::Error),
+    /// Somebody at the console has ended it.
+    #[error("ended from the console")]
+    Quit,
+    /// A signal has.
+    #[error("ended by a signal")]
+    Signal,
+}
+
+/// What came while vCPUs were started.
+#[derive(Default)]
+struct Starting {
+    ready: usize,
+    quit: bool,
+    /// For `supervise`, which must not miss them: no more than the mailbox holds.
+    others: Vec<MachineMessage>,
+}
+
+impl Starting {
+    fn take(&mut self, message: MachineMessage) {
+        match message {
+            MachineMessage::Vcpu(VcpuNews {
+                what: VcpuEvent::Ready,
+                ..
+            }) => self.ready += 1,
+            MachineMessage::Host(HostEvent::Quit) => self.quit = true,
+            other => self.others.push(other),
+        }
+    }
+
+    /// Whether to go on.
+    fn look(&self) -> Result<(), NotStarted> {
+        if self.quit {
+            return Err(NotStarted::Quit);
+        }
+        // The thread that hears signals is started after the vCPUs, whose kicks it has.
+        if signals::end_is_wanted() {
+            return Err(NotStarted::Signal);
+        }
+        Ok(())
+    }
+}
+
 struct RunningVcpu {
     handle: VcpuHandle,
     thread: Option<std::thread::JoinHandle<()>>,
@@ -173,16 +222,22 @@ impl Machine {
         Ok(())
     }
 
-    /// Starts the vCPUs' threads and waits until all are ready. Returns where each publishes what it is doing.
+    /// Starts the vCPUs' threads and waits until all are ready. Returns where each publishes what it is doing. A thousand take
+    /// their time, so whoever wants an end meanwhile is heard between any two.
     pub(super) fn start_vcpus<B: Backend + Send + 'static, D: Discipline>(
         &mut self,
         backends: Vec<B>,
         discipline: &D,
         news: &Sender<MachineMessage>,
-    ) -> std::io::Result<Vec<ActivityView>> {
+    ) -> Result<Vec<ActivityView>, NotStarted> {
         let mut views = Vec::with_capacity(backends.len());
         let expected = backends.len();
+        let mut start = Starting::default();
         for (index, backend) in backends.into_iter().enumerate() {
+            while let Ok(message) = self.mailbox.try_recv() {
+                start.take(message);
+            }
+            start.look()?;
             let bus = discipline.bus(self.log.new(o!("vcpu" => index)));
             let (handle, inbox) = vcpu_mailbox();
             let news = news.clone();
@@ -197,19 +252,12 @@ impl Machine {
                 stopped: false,
             });
         }
-        let mut ready = 0;
-        while ready < expected {
-            match simulation::receive(&self.mailbox) {
-                Ok(MachineMessage::Vcpu(VcpuNews {
-                    what: VcpuEvent::Ready,
-                    ..
-                })) => ready += 1,
-                // A signal before the start is found again by `supervise`, which must not miss it.
-                Ok(other) => {
-                    let _ = news.try_send(other);
-                }
-                Err(_) => unreachable!("we hold a sender"),
-            }
+        while start.ready < expected {
+            start.take(simulation::receive(&self.mailbox).expect("we hold a sender"));
+            start.look()?;
+        }
+        for other in start.others {
+            let _ = news.try_send(other);
         }
         Ok(views)
     }

@@ -2,7 +2,7 @@
 //! `actor.rs`.
 
 use super::actor::ending::OUTPUT_LIMIT;
-use super::actor::{Machine, Parts};
+use super::actor::{Machine, NotStarted, Parts};
 use super::chipset::{Chipset, ChipsetConfig, Lines, device_names};
 use super::dispatch::{Actors, BigLock, Channels, DeviceLocks, Discipline, Dispatch, MutexKind};
 use super::memory::{self, Backing, MemoryConfig, MemoryError};
@@ -578,44 +578,62 @@ impl<B: Backend + Send + 'static> Assembly<B> {
             published: self.published.clone(),
             log: self.log.clone(),
         });
-        let started = machine
+        let views = machine
             .start_queues(self.queues, &discipline)
-            .and_then(|()| machine.start_vcpus(self.backends, &discipline, &self.sender))
-            .and_then(|views| {
-                if let Some(server) = self.debugger {
-                    machine.debug_by(server)?;
-                }
-                let events = std::iter::once(("events".to_string(), events));
-                let messengers = messengers.into_iter().enumerate();
-                let messengers = messengers.map(|(index, view)| (format!("messenger{index}"), view));
-                let others = events
-                    .chain(messengers)
-                    .map(|(name, view)| (name, Watch::new(view)));
-                let (devices, routes) = discipline.watch();
-                let observatory = Observatory {
-                    published: self.published,
-                    vcpus: views.into_iter().map(Watch::new).collect(),
-                    others: others.collect(),
-                    devices,
-                    routes,
-                    clock: self.clock,
-                    dispatch: self.dispatch,
-                    balloon,
-                    begun: Instant::now(),
+            .map_err(NotStarted::Host)
+            .and_then(|()| machine.start_vcpus(self.backends, &discipline, &self.sender));
+        let mut signals = self.signals;
+        let views = match views {
+            Ok(views) => views,
+            Err(why) => {
+                drop(self.sender);
+                machine.stop(OUTPUT_LIMIT);
+                return match why {
+                    NotStarted::Host(error) => Err(error.into()),
+                    NotStarted::Quit => Ok(Outcome::Quit),
+                    NotStarted::Signal => {
+                        let which = signals.pending().find(|signal| signals::ends(*signal));
+                        Ok(Outcome::Signal(which.unwrap_or(libc::SIGTERM)))
+                    }
                 };
-                machine.look_from(observatory.second());
-                Plane {
-                    signals: self.signals,
-                    socket: self.socket,
-                    machine: self.address,
-                    observatory,
-                    kicks: machine.kicks(),
-                    memory,
-                    size,
-                    log: self.log.clone(),
-                }
-                .start()
-            });
+            }
+        };
+        let plane = || {
+            if let Some(server) = self.debugger {
+                machine.debug_by(server)?;
+            }
+            let events = std::iter::once(("events".to_string(), events));
+            let messengers = messengers.into_iter().enumerate();
+            let messengers = messengers.map(|(index, view)| (format!("messenger{index}"), view));
+            let others = events
+                .chain(messengers)
+                .map(|(name, view)| (name, Watch::new(view)));
+            let (devices, routes) = discipline.watch();
+            let observatory = Observatory {
+                published: self.published,
+                vcpus: views.into_iter().map(Watch::new).collect(),
+                others: others.collect(),
+                devices,
+                routes,
+                clock: self.clock,
+                dispatch: self.dispatch,
+                balloon,
+                begun: Instant::now(),
+            };
+            machine.look_from(observatory.second());
+            Plane {
+                signals,
+                socket: self.socket,
+                machine: self.address,
+                observatory,
+                kicks: machine.kicks(),
+                memory,
+                size,
+                log: self.log.clone(),
+            }
+            .start()
+        };
+        let started = plane();
         drop((self.sender, discipline));
         match started {
             Ok(plane) => {

@@ -26,7 +26,7 @@ pub const LIMIT: Duration = Duration::from_secs(300);
 pub struct Turn(&'static Receiver<()>);
 
 impl Turn {
-    fn wait() -> Turn {
+    pub fn wait() -> Turn {
         static TAKEN: OnceLock<(Sender<()>, Receiver<()>)> = OnceLock::new();
         let (take, give_back) = TAKEN.get_or_init(|| bounded(1));
         take.send(()).unwrap();
