@@ -132,14 +132,17 @@ pub const NOTHING: Probe = Probe {
     code: nothing,
 };
 
+/// What no stock kernel boots without.
+pub const INT3: Probe = Probe {
+    name: "int3",
+    needed_for: "patching of running code",
+    offered: || true,
+    code: int3,
+};
+
 /// What stock kernels use in ring 0 and a software KVM may lack.
 pub const INSTRUCTIONS: [Probe; 5] = [
-    Probe {
-        name: "int3",
-        needed_for: "patching of running code",
-        offered: || true,
-        code: int3,
-    },
+    INT3,
     Probe {
         name: "cmpxchg16b",
         needed_for: "the memory allocator",

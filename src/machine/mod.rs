@@ -20,6 +20,7 @@
 //! | `virtio.rs` | virtio devices: their places, notifications and queues |
 //! | `msi.rs` | interrupts by message, and doorbells that move |
 //! | `vm.rs` | the KVM side: memory slots, interrupt controllers, vCPUs before they run |
+//! | `interpreter.rs` | whether KVM interprets the guest's kernel mode, in short |
 //! | `memory.rs` | guest memory |
 //! | `cpuid.rs` | what a vCPU's CPUID says |
 
@@ -29,6 +30,7 @@ pub mod conductor;
 pub mod cpuid;
 pub mod dispatch;
 pub mod holds;
+mod interpreter;
 pub mod memory;
 mod messenger;
 pub mod msi;

@@ -10,7 +10,7 @@ use super::outcome::{Outcome, status};
 use super::platform::{NoPlatform, Platform};
 use super::request::{Inbox, MachineAddress, Mailbox};
 use super::vm::{Vm, VmError};
-use super::{MachineMessage, cpuid::Topology, virtio};
+use super::{MachineMessage, cpuid::Topology, interpreter, virtio};
 use crate::actors::PlacementKind;
 use crate::baselines::mutex;
 use crate::boot::layout;
@@ -36,7 +36,7 @@ use crate::virtio::pci::Doorbells;
 use crate::virtio::queue::QueueActor;
 use crate::virtio::{Notify, Transport};
 use crossbeam_channel::Sender;
-use slog::{Logger, debug, info};
+use slog::{Logger, debug, info, warn};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
@@ -287,6 +287,7 @@ pub fn run_kvm(config: &MachineConfig, inbox: Inbox, log: &Logger) -> Result<Out
         Transport::Pci => acpi.pci = Some(virtio::root(virtio.len(), config.memory.size_bytes)),
     }
     let entry = load(&memory, &config.guest, &acpi, log)?;
+    let interpreted = matches!(config.guest, Guest::Kernel(_)) && interpreter::interprets_kernel_mode();
     let vm = Vm::new(memory.clone(), config.cpus, true)?;
     if let Some(root) = &acpi.pci {
         vm.check_addresses(root.windows[1].end - 1)?;
@@ -310,7 +311,11 @@ pub fn run_kvm(config: &MachineConfig, inbox: Inbox, log: &Logger) -> Result<Out
         memory,
         devices: virtio,
     };
-    let besides = Besides { virtio, debugger };
+    let besides = Besides {
+        virtio,
+        debugger,
+        interpreted,
+    };
     run_with_all(config, backends, &vm, Box::new(platform), inbox, besides, log)
 }
 
@@ -380,6 +385,7 @@ where
     let besides = Besides {
         virtio,
         debugger: None,
+        interpreted: false,
     };
     run_with_all(config, backends, lines, platform, inbox, besides, log)
 }
@@ -388,6 +394,8 @@ where
 struct Besides {
     virtio: Virtio,
     debugger: Option<gdb::Server>,
+    /// The host cannot do what the guest most likely needs.
+    interpreted: bool,
 }
 
 fn run_with_all<B, L>(
@@ -396,7 +404,11 @@ fn run_with_all<B, L>(
     lines: &L,
     platform: Box<dyn Platform>,
     inbox: Inbox,
-    Besides { virtio, debugger }: Besides,
+    Besides {
+        virtio,
+        debugger,
+        interpreted,
+    }: Besides,
     log: &Logger,
 ) -> Result<Outcome, StartError>
 where
@@ -484,6 +496,7 @@ where
         sender,
         mailbox,
         debugger,
+        interpreted,
         on_reset: config.on_reset,
         deadline: config.timeout.map(|limit| Instant::now() + limit),
         memory_bytes: config.memory.size_bytes,
@@ -515,6 +528,7 @@ struct Assembly<B> {
     backends: Vec<B>,
     platform: Box<dyn Platform>,
     debugger: Option<gdb::Server>,
+    interpreted: bool,
     on_reset: OnReset,
     characters: Vec<CharacterDevice>,
     timed: Vec<TimedDevice>,
@@ -639,6 +653,13 @@ impl<B: Backend + Send + 'static> Assembly<B> {
             Ok(plane) => {
                 info!(self.log, "the guest starts"; "cpus" => vcpus,
                     "memory" => memory::human(self.memory_bytes));
+                if self.interpreted {
+                    warn!(
+                        self.log,
+                        "this host's KVM interprets the guest's kernel mode, and does not know all that stock kernels need \
+                         there: one may be silent for minutes before it fails (`actor-vmm doctor` tells more)"
+                    );
+                }
                 crate::host::code::give_back();
                 let outcome = machine.supervise();
                 // Only now: it hears signals and answers while the machine ends.

@@ -71,6 +71,31 @@ fn kvm_that_is_missing_or_not_kvm_or_not_ours_names_the_remedy() {
 }
 
 #[test]
+fn a_kernel_on_a_kvm_that_interprets_it_is_told_so_at_once() {
+    if !have_kvm() {
+        return;
+    }
+    let place = Place::with_kernel(guest::exit());
+    let doctor = String::from_utf8(place.run("doctor").stdout).unwrap();
+    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+    let hardware = cpu.split_whitespace().any(|flag| flag == "vmx" || flag == "svm");
+    let interprets = !hardware && doctor.contains("does not know int3");
+    let said = "KVM interprets the guest's kernel mode";
+    let ended = place.run("run --kernel k");
+    assert_eq!(ended.status, GUEST_EXIT, "{}", ended.stderr);
+    assert_eq!(
+        ended.stderr.contains(said),
+        interprets,
+        "{}\n{doctor}",
+        ended.stderr
+    );
+    // Before anything else, but that it starts.
+    assert!(!interprets || ended.stderr.lines().nth(1).unwrap().contains(said));
+    // Our own guests do without what it does not know.
+    assert!(!place.run("run --demo").stderr.contains(said));
+}
+
+#[test]
 fn every_limit_of_open_files_gives_one_error_or_a_machine() {
     if !have_kvm() {
         return;

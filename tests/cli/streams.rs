@@ -60,11 +60,12 @@ fn a_reader_that_leaves_loses_output_and_nothing_else() {
 }
 
 /// What prints something and ends, and with which status.
-const PRINTS: [(&str, &[i32]); 6] = [
+const PRINTS: [(&str, &[i32]); 7] = [
     ("--help", &[0]),
     ("--version", &[0]),
     ("run --help", &[0]),
     ("ctl --help", &[0]),
+    ("run --demo --dry-run", &[0]),
     ("bench --list", &[0]),
     ("doctor", &[0, HOST_TROUBLE]),
 ];

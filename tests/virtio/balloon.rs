@@ -132,6 +132,14 @@ fn a_balloon_gives_memory_back_under_every_discipline_and_placement() {
                 other => panic!("{way}: {other:?}"),
             }
         }
+        // In a paused machine as well: it is taken at once, and the guest hears of it when it goes on.
+        assert_eq!(machine.address.ask(Command::Pause), Answer::Done(State::Paused));
+        assert_eq!(ask(&mut control, Some("2M")).unwrap()["state"], "paused", "{way}");
+        let told = ask(&mut control, None).unwrap();
+        assert_eq!(told["wanted_bytes"].as_u64(), Some(2 << 20), "{way}");
+        assert_eq!(machine.address.ask(Command::Resume), Answer::Done(State::Running));
+        assert_eq!(driver.interrupt(), 2, "{way}: a change of configuration");
+        assert_eq!(driver.field(0), 512, "{way}");
         // Deflated pages are used again.
         driver.offer_in(1, &[(LIST, 4 * PAGES, false)]);
         assert_eq!(driver.interrupt(), 1, "{way}");
