@@ -109,7 +109,7 @@ struct Run {
     /// Adds a port (0xea0) whose accesses take so many seconds, to measure what a slow device does to the others
     #[arg(long, value_name = "SECS", hide = true, value_parser = parse_seconds)]
     delay_port: Option<Duration>,
-    /// A disk: path=FILE, and what else of ro, queues=N, serial=TEXT, rate=SIZE (bytes a second),
+    /// A disk: path=FILE, and what else of format=raw|qcow2, ro, queues=N, serial=TEXT, rate=SIZE (bytes a second),
     /// iops=N (requests a second); may be repeated (in the guest: vda, vdb, …)
     #[arg(long, value_name = "path=FILE,…")]
     disk: Vec<DiskConfig>,

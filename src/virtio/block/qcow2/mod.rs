@@ -12,7 +12,8 @@
 //!
 //! imago writes counts of references before the tables that refer, and takes references away before counts, but does not
 //! wait for the host's disk in between: a *host* that loses power in the middle of a flush can leave counts that are too
-//! low. `qemu-img check -r all` mends that, and counts of all tables are checked at the start.
+//! low. `qemu-img check -r all` mends that. Counts of all tables are checked at the start, those of the data are not: there
+//! are too many.
 //!
 //! Every image in the chain is opened here: only those that the headers name as plain files with a format, each once, all but the
 //! first for reading, with a lock against whoever would write. imago is not allowed to open anything.
