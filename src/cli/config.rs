@@ -96,6 +96,13 @@ struct Flags<'a> {
 /// # Errors
 /// [`ConfigError`].
 pub fn expand(cli: &Command, mut arguments: Vec<OsString>) -> Result<Vec<OsString>, ConfigError> {
+    // To parse twice costs memory that stays.
+    if !arguments
+        .iter()
+        .any(|word| word.as_encoded_bytes().starts_with(b"--config"))
+    {
+        return Ok(arguments);
+    }
     // Whatever else is wrong with it is found when it is parsed with what the file says.
     let matches = cli.clone().ignore_errors(true).try_get_matches_from(&arguments);
     let Some(("run", matches)) = matches.as_ref().ok().and_then(ArgMatches::subcommand) else {

@@ -394,10 +394,10 @@ enum Mistyped {
 fn parse(arguments: Vec<OsString>) -> Result<(Cli, clap::ArgMatches), Mistyped> {
     let mut command = Cli::command();
     let arguments = config::expand(&command, arguments)?;
-    let matches = command.try_get_matches_from_mut(arguments)?;
+    let mut matches = command.try_get_matches_from_mut(arguments)?;
     let cli = Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut command))?;
-    let run = matches.subcommand_matches("run").cloned();
-    Ok((cli, run.unwrap_or_default()))
+    let matches = matches.remove_subcommand().map(|(_, matches)| matches);
+    Ok((cli, matches.unwrap_or_default()))
 }
 
 /// The program.
