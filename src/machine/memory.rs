@@ -327,13 +327,12 @@ pub fn clear(memory: &GuestMemoryMmap) -> io::Result<()> {
 /// # Errors
 /// What the host says.
 pub fn discard(memory: &GuestMemoryMmap, address: u64, bytes: u64) -> io::Result<u64> {
-    let Some(end) = address
-        .checked_add(bytes)
-        .map(|end| end / PAGE_BYTES * PAGE_BYTES)
-    else {
+    let end = address.checked_add(bytes);
+    // Behind the last page of all there is none.
+    let start = address.checked_next_multiple_of(PAGE_BYTES);
+    let (Some(start), Some(end)) = (start, end.map(|end| end / PAGE_BYTES * PAGE_BYTES)) else {
         return Ok(0);
     };
-    let start = address.next_multiple_of(PAGE_BYTES);
     let mut given = 0;
     for region in memory.iter() {
         let base = region.start_addr().0;

@@ -215,3 +215,27 @@ pub fn handlers() -> [(&'static str, u64, Box<dyn Handler>); 3] {
         ("balloon report", REPORTING, Box::new(other)),
     ]
 }
+
+#[test]
+fn a_report_at_the_end_of_all_addresses_empties_nothing() {
+    let balloon = balloon();
+    let mut rig = Rig::new(Box::new(
+        Other::new(false, balloon.clone(), None, quiet()).unwrap(),
+    ));
+    rig.features = REPORTING;
+    rig.start();
+    fill(&rig);
+    let before = rig.read(0x10_000, (MEMORY_BYTES - 0x10_000) as usize);
+    for (address, bytes) in [
+        (u64::MAX - 10, 5),
+        (u64::MAX, 0),
+        (u64::MAX - 4095, 4095),
+        (u64::MAX - 4096, u32::MAX),
+    ] {
+        let outcome = rig.request(&[W(address, bytes)]);
+        assert_eq!(outcome, Outcome::Used(0), "{address:#x}");
+    }
+    assert_eq!(balloon.given_bytes(Giver::Report), 0);
+    let after = rig.read(0x10_000, (MEMORY_BYTES - 0x10_000) as usize);
+    assert!(before == after);
+}
