@@ -58,6 +58,18 @@ impl Session {
         (session, shell, program)
     }
 
+    /// The program ends with this status, as the shell that has started it tells; and then the shell.
+    #[track_caller]
+    fn shell_tells(&mut self, shell: Pid, status: i32) {
+        eventually("the program has ended", || self.foreground() == shell);
+        self.assert_as_before();
+        // The shell puts the words together only when it runs the line.
+        self.type_in(b"echo sta''tus $?\n");
+        self.expect(&format!("status {status}"));
+        self.type_in(b"exit 3\n");
+        assert_eq!(self.end(LIMIT), 3);
+    }
+
     fn start_with(place: &Place, words: &str, read: bool) -> Session {
         Session::start_command(place.session_command(words), read)
     }
@@ -283,12 +295,7 @@ fn a_shell_gets_its_terminal_back_while_the_program_is_stopped() {
         session.expect(round);
     }
     session.type_in(b"\x04");
-    eventually("the program has ended", || session.foreground() == shell);
-    // The shell puts the words together only when it runs the line.
-    session.type_in(b"echo sta''tus $?\n");
-    session.expect("status 15");
-    session.type_in(b"exit 3\n");
-    assert_eq!(session.end(LIMIT), 3);
+    session.shell_tells(shell, 15);
 }
 
 #[test]
@@ -330,9 +337,7 @@ fn a_stop_that_nobody_can_refuse_costs_neither_the_terminal_nor_the_guest() {
         session.text.clear();
     }
     session.type_in(b"\x04");
-    eventually("the program has ended", || session.foreground() == shell);
-    session.type_in(b"exit 3\n");
-    assert_eq!(session.end(LIMIT), 3);
+    session.shell_tells(shell, 15);
 }
 
 #[test]
@@ -352,12 +357,7 @@ fn a_shell_gets_its_terminal_back_from_a_signal_that_nobody_expects() {
         let (mut session, shell, program) = Session::in_a_shell(&place);
         // SAFETY: the program is alive: it has the terminal.
         assert_eq!(unsafe { libc::kill(program.as_raw(), signal) }, 0);
-        eventually("the program has ended", || session.foreground() == shell);
-        session.assert_as_before();
-        session.type_in(b"echo sta''tus $?\n");
-        session.expect(&format!("status {}", 128 + signal));
-        session.type_in(b"exit 3\n");
-        assert_eq!(session.end(LIMIT), 3);
+        session.shell_tells(shell, 128 + signal);
     }
 }
 
