@@ -69,6 +69,12 @@ mod plain {
         channel.recv_deadline(until)
     }
 
+    /// Waits for a message until then. In a simulation the time may be up at any moment.
+    #[inline(always)]
+    pub(crate) fn receive_by<T>(channel: &Receiver<T>, until: Instant) -> Result<T, RecvTimeoutError> {
+        channel.recv_deadline(until)
+    }
+
     /// In a simulation: waits until `ready`. Elsewhere `false`.
     #[inline(always)]
     pub(crate) fn waited(_ready: impl FnMut() -> bool) -> bool {
@@ -108,6 +114,8 @@ mod scheduler {
         /// Counts what was done; who waits is asked again when it has changed.
         done: u64,
         planted: Option<Planted>,
+        /// One turn in so many, the time of somebody is up who waits with a limit. 0: none.
+        hasty: usize,
         /// A digest of who ran when.
         trace: u64,
         /// Why the simulation has failed. From then on all threads run freely.
@@ -122,14 +130,24 @@ mod scheduler {
     #[derive(Clone, Copy, PartialEq, Eq, Debug)]
     enum Is {
         Ready,
-        /// It waits, and looked when so much had been done. `limited`: not for ever.
+        /// It waits, and looked when so much had been done.
         Waiting {
             since: u64,
-            limited: bool,
+            limit: Limit,
         },
         /// The time that it had is up.
         Late,
         Ended,
+    }
+
+    /// How long somebody waits.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+    enum Limit {
+        Never,
+        /// Until nobody else can do anything.
+        Last,
+        /// Until then, or any moment before; see [`hasten`].
+        Any,
     }
 
     /// A thread's place in a simulation.
@@ -167,9 +185,28 @@ mod scheduler {
                 Is::Waiting { since, .. } => since < done,
                 Is::Ended => false,
             };
+            let any = |seat: &Seat| {
+                matches!(
+                    seat.is,
+                    Is::Waiting {
+                        limit: Limit::Any,
+                        ..
+                    }
+                )
+            };
+            if self.hasty > 0
+                && let Some(late) = self.seats.iter().position(any)
+                && self.draw(self.hasty) == 0
+            {
+                self.seats[late].is = Is::Late;
+                return Some(self.chosen(late));
+            }
             let mut who: Vec<usize> = (0..self.seats.len()).filter(|n| can(&self.seats[*n])).collect();
             if who.is_empty() {
-                let limited = |seat: &Seat| matches!(seat.is, Is::Waiting { limited: true, .. });
+                let limited = |seat: &Seat| match seat.is {
+                    Is::Waiting { limit, .. } => limit != Limit::Never,
+                    _ => false,
+                };
                 who = (0..self.seats.len())
                     .filter(|n| limited(&self.seats[*n]))
                     .collect();
@@ -183,9 +220,12 @@ mod scheduler {
                 return None;
             }
             let drawn = self.draw(who.len());
-            let next = who[drawn];
+            Some(self.chosen(who[drawn]))
+        }
+
+        fn chosen(&mut self, next: usize) -> usize {
             self.trace = (self.trace ^ next as u64).wrapping_mul(0x100_0000_01b3);
-            Some(next)
+            next
         }
     }
 
@@ -259,7 +299,7 @@ mod scheduler {
     }
 
     /// Waits until `look` gives something; `None` if the time is up.
-    fn wait<T>(limited: bool, mut look: impl FnMut() -> Option<T>) -> Option<T> {
+    fn wait<T>(limit: Limit, mut look: impl FnMut() -> Option<T>) -> Option<T> {
         point();
         loop {
             if let Some(found) = look() {
@@ -268,7 +308,7 @@ mod scheduler {
             }
             let late = with(|member| {
                 let since = member.baton.as_ref().map_or(0, |baton| baton.done);
-                member.pass(Is::Waiting { since, limited });
+                member.pass(Is::Waiting { since, limit });
                 let seat = member.seat;
                 let Some(baton) = &mut member.baton else {
                     return true;
@@ -293,7 +333,7 @@ mod scheduler {
                 .unwrap_or(true)
                 .then_some(())
         };
-        wait(false, all);
+        wait(Limit::Never, all);
     }
 
     fn try_receive<T>(channel: &Receiver<T>) -> Option<Result<T, RecvError>> {
@@ -306,18 +346,35 @@ mod scheduler {
 
     pub(crate) fn receive<T>(channel: &Receiver<T>) -> Result<T, RecvError> {
         if is_member()
-            && let Some(received) = wait(false, || try_receive(channel))
+            && let Some(received) = wait(Limit::Never, || try_receive(channel))
         {
             return received;
         }
         channel.recv()
     }
 
+    /// From now on, one turn in so many, the time of somebody is up who waits by [`receive_by`]. 0: none.
+    pub(crate) fn hasten(one_in: usize) {
+        with(|member| member.baton.as_mut().map(|baton| baton.hasty = one_in));
+    }
+
     pub(crate) fn receive_until<T>(channel: &Receiver<T>, until: Instant) -> Result<T, RecvTimeoutError> {
+        receive_limited(channel, until, Limit::Last)
+    }
+
+    pub(crate) fn receive_by<T>(channel: &Receiver<T>, until: Instant) -> Result<T, RecvTimeoutError> {
+        receive_limited(channel, until, Limit::Any)
+    }
+
+    fn receive_limited<T>(
+        channel: &Receiver<T>,
+        until: Instant,
+        limit: Limit,
+    ) -> Result<T, RecvTimeoutError> {
         if !is_member() {
             return channel.recv_deadline(until);
         }
-        match wait(true, || try_receive(channel)) {
+        match wait(limit, || try_receive(channel)) {
             Some(received) => received.map_err(|RecvError| RecvTimeoutError::Disconnected),
             None => Err(RecvTimeoutError::Timeout),
         }
@@ -325,13 +382,13 @@ mod scheduler {
 
     /// In a simulation: waits until `ready`. Elsewhere `false`.
     pub(crate) fn waited(mut ready: impl FnMut() -> bool) -> bool {
-        is_member() && wait(false, || ready().then_some(())).is_some()
+        is_member() && wait(Limit::Never, || ready().then_some(())).is_some()
     }
 
     /// Waits until it is `ready`, or the time is up.
     pub(crate) fn ready_by(until: Instant, mut ready: impl FnMut() -> bool) {
         if is_member() {
-            wait(true, || ready().then_some(()));
+            wait(Limit::Last, || ready().then_some(()));
         }
         while !ready() && !is_member() && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(1));
@@ -389,6 +446,7 @@ mod scheduler {
             turns: 0,
             done: 0,
             planted,
+            hasty: 0,
             trace: 0xcbf2_9ce4_8422_2325,
             failed: None,
         });

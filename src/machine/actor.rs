@@ -339,7 +339,7 @@ impl Machine {
     fn receive(&self) -> Result<MachineMessage, RecvTimeoutError> {
         match [self.deadline, self.answers_by].into_iter().flatten().min() {
             None => simulation::receive(&self.mailbox).map_err(|_| RecvTimeoutError::Disconnected),
-            Some(until) => simulation::receive_until(&self.mailbox, until),
+            Some(until) => simulation::receive_by(&self.mailbox, until),
         }
     }
 

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 /// Used by the machine actor, and by the thread that loads the guest anew; by one at a time.
 pub trait Platform: Send + 'static {
-    /// Guest time stands. All vCPUs are paused, or are being waited for in vain. Returns the moment at which it stopped: the
-    /// machine's own clock stops there too.
+    /// Guest time stands. The boot processor is paused, and all other vCPUs are, or are being waited for in vain. Returns the
+    /// moment at which it stopped: the machine's own clock stops there too.
     fn freeze(&mut self) -> Instant;
 
     /// Guest time goes on, after it stood for so long; from the moment that is returned.

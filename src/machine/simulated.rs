@@ -1,6 +1,10 @@
 //! Whole machines on the seeded scheduler of [`crate::simulation`]: real devices, real vCPU actors with scripted guests,
 //! the real machine actor; pauses, resumes, resets, kicks, stops and panics at any point.
 //!
+//! In half of the schedules there is one controller who waits for each answer, and everybody answers in time. In the other
+//! half there are up to three who do not wait, a vCPU may be stuck in an access or not take the time, and the time for
+//! an answer may be up at any point.
+//!
 //! `ACTOR_VMM_SIMULATE=SEED` replays one schedule and prints what it did, `ACTOR_VMM_SIMULATE=FROM..TO` searches others
 //! than the usual ones.
 
@@ -8,200 +12,32 @@ use super::actor::{Machine, Parts};
 use super::chipset::{Chipset, ChipsetConfig};
 use super::dispatch::{Actors, Discipline};
 use super::outcome::Outcome;
-use super::platform::NoPlatform;
-use super::request::{Answer, Command, Inbox, MachineAddress, Reply};
-use super::state::{Refused, State};
+use super::request::Inbox;
 use super::supervisor::{OnReset, Unwired};
 use super::virtio::Switches;
-use crate::boot::layout::io;
 use crate::clock::Clock;
 use crate::control::observatory::Published;
+use crate::devices::Claim;
 use crate::devices::rtc::MemorySize;
 use crate::devices::shell::DeviceMessage;
-use crate::devices::{Access, Claim, Context, Device, Width};
 use crate::host::console::{Console, ConsoleKind};
 use crate::host::events::{CharacterDevice, EventLoopHandle, Gate, Recipient};
 use crate::simulation::{self, Planted, draw, point};
-use crate::vcpu::kick::{self, KickHandle};
-use crate::vcpu::scripted::{ScriptedBackend, Source, Step};
-use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use crate::vcpu::kick;
+use crate::vcpu::scripted::ScriptedBackend;
+use controllers::{Controller, Crowd};
+use crossbeam_channel::{Sender, unbounded};
+use guest::{COUNTER, Counter, Fate, Guest, Ledger, MUD, Mud, Time};
 use slog::{Discard, Logger, o};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use vmm_sys_util::eventfd::EventFd;
 
+mod controllers;
+mod guest;
+
 const VCPUS: usize = 2;
-
-/// Where the counter is.
-const COUNTER: u16 = 0x5000;
-/// What kills the counter.
-const DEADLY: u32 = 0xdead;
-
-/// A device that counts its reads, from 1. Both vCPUs use it, and another thread may run in the middle of its turn.
-struct Counter {
-    count: u64,
-    ledger: Arc<Ledger>,
-}
-
-impl Device for Counter {
-    fn name(&self) -> &'static str {
-        "counter"
-    }
-
-    fn read(&mut self, _: &mut dyn Context, _: Access) -> u64 {
-        self.ledger.moved();
-        let before = self.count;
-        point();
-        self.count = before + 1;
-        self.count
-    }
-
-    fn write(&mut self, _: &mut dyn Context, _: Access, value: u64) {
-        self.ledger.moved();
-        if value == u64::from(DEADLY) {
-            std::panic::resume_unwind(Box::new("told to"));
-        }
-    }
-
-    fn reset(&mut self, _: &mut dyn Context) {
-        self.count = 0;
-    }
-}
-
-/// What happened, for whoever checks it. Only who has its turn touches it.
-struct Ledger {
-    /// Whatever a guest or a device did.
-    moves: AtomicU64,
-    /// Reads that each vCPU has begun, and those that its guest has seen the end of.
-    begun: [AtomicU64; VCPUS],
-    seen: [AtomicU64; VCPUS],
-    /// What the counter said, and in which life of the guest.
-    counts: Sender<(u32, u64)>,
-    /// What must not have happened.
-    wrong: Sender<String>,
-}
-
-impl Ledger {
-    fn moved(&self) {
-        self.moves.fetch_add(1, Relaxed);
-    }
-
-    fn wrong(&self, what: String) {
-        let _ = self.wrong.send(what);
-    }
-}
-
-/// What befalls a machine, beside what is asked of it from outside.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Fate {
-    Nothing,
-    GuestResets,
-    GuestExits,
-    DevicePanics,
-    VcpuPanics,
-}
-
-/// A guest's processor: each round reads the counter, writes and reads a register that is its own, and posts a byte.
-struct Guest {
-    vcpu: usize,
-    rounds: u32,
-    fate: Option<(u32, Fate)>,
-    life: u32,
-    round: u32,
-    steps: VecDeque<Step>,
-    ledger: Arc<Ledger>,
-}
-
-impl Guest {
-    /// The register of its own, its width, and what it holds in a round.
-    fn own(&self, round: u32) -> (u16, Width, u32) {
-        match self.vcpu {
-            0 => (io::SERIAL0 + 7, Width::Byte, (round * 7 + 1) & 0xff),
-            _ => (io::PCI_CONFIG, Width::Dword, 0x8000_0000 | ((round + 1) << 8)),
-        }
-    }
-
-    fn plan_round(&mut self) {
-        let (port, width, value) = self.own(self.round);
-        let read = |port, width, expect| Step::In {
-            port,
-            width,
-            count: 1,
-            expect,
-        };
-        let write = |port, width, value| Step::Out {
-            port,
-            width,
-            values: vec![value],
-        };
-        if self.round == 0 {
-            // As after power-on, in every life.
-            self.steps.push_back(read(port, width, Some(0)));
-        }
-        self.steps.push_back(read(COUNTER, Width::Dword, None));
-        self.steps.push_back(write(port, width, value));
-        self.steps.push_back(read(port, width, Some(value)));
-        let byte = ((self.vcpu as u32) << 7) | self.round;
-        self.steps.push_back(write(io::DEBUG_CONSOLE, Width::Byte, byte));
-        // Once, in the first life.
-        match self.fate.take_if(|(round, _)| *round == self.round) {
-            Some((_, Fate::GuestResets)) => {
-                self.steps
-                    .push_back(write(io::ACPI_RESET, Width::Byte, io::ACPI_RESET_VALUE.into()));
-            }
-            Some((_, Fate::GuestExits)) => {
-                self.steps.push_back(write(io::DEBUG_EXIT, Width::Byte, 7));
-            }
-            Some((_, Fate::DevicePanics)) => {
-                self.steps.push_back(write(COUNTER, Width::Dword, DEADLY));
-            }
-            Some((_, Fate::VcpuPanics)) => std::panic::resume_unwind(Box::new("told to".to_string())),
-            Some((_, Fate::Nothing)) | None => {}
-        }
-        self.round += 1;
-    }
-}
-
-impl Source for Guest {
-    fn next(&mut self) -> Option<Step> {
-        point();
-        if self.steps.is_empty() && self.round < self.rounds {
-            self.plan_round();
-        }
-        // In the end it halts for ever.
-        let step = self.steps.pop_front()?;
-        self.ledger.moved();
-        tell(|| format!("vcpu{} in its life {}: {step:?}", self.vcpu, self.life));
-        if matches!(step, Step::In { .. }) {
-            self.ledger.begun[self.vcpu].fetch_add(1, Relaxed);
-        }
-        Some(step)
-    }
-
-    fn seen(&mut self, step: &Step, value: u64) {
-        self.ledger.seen[self.vcpu].fetch_add(1, Relaxed);
-        match step {
-            Step::In {
-                expect: Some(expect), ..
-            } if u64::from(*expect) != value => self.ledger.wrong(format!(
-                "vcpu{} in its life {}, round {}: {step:?} got {value:#x}",
-                self.vcpu, self.life, self.round
-            )),
-            Step::In { port: COUNTER, .. } => {
-                let _ = self.ledger.counts.send((self.life, value));
-            }
-            _ => {}
-        }
-    }
-
-    fn reset(&mut self) {
-        self.ledger.moved();
-        self.life += 1;
-        self.round = 0;
-        self.steps.clear();
-    }
-}
 
 /// Plays the event loop: takes what devices send, and tells them that there is room.
 fn play_events(
@@ -248,122 +84,9 @@ fn play_events(
     }
 }
 
-/// Whoever controls the machine.
-struct Controller {
-    machine: MachineAddress,
-    kickers: Vec<KickHandle>,
-    ledger: Arc<Ledger>,
-    fate: Fate,
-    paused: bool,
-}
-
-impl Controller {
-    fn request(&self, command: Command) -> Receiver<Answer> {
-        tell(|| format!("asked to {command:?}"));
-        let (tell, answer) = bounded(1);
-        self.machine
-            .request(command, Reply::new(move |answer| drop(tell.try_send(answer))));
-        answer
-    }
-
-    /// Waits for an answer, and checks that it is one that fits.
-    fn answer(&self, command: Command, answer: &Receiver<Answer>) -> Answer {
-        let answer = simulation::receive(answer).unwrap_or(Answer::Gone);
-        tell(|| format!("{command:?} is answered with {answer:?}"));
-        let fits = match &answer {
-            Answer::Done(_) | Answer::Overtaken(_) => true,
-            // It ends by itself.
-            Answer::Gone | Answer::Refused(Refused(State::Stopping, _)) => {
-                matches!(self.fate, Fate::GuestExits | Fate::VcpuPanics)
-            }
-            // The guest's own reset may be under way.
-            Answer::Refused(_) => self.fate == Fate::GuestResets,
-            Answer::Waits(..) | Answer::Failed(_) | Answer::NoSuchDevice | Answer::Unfit(_) => false,
-        };
-        if !fits {
-            self.ledger
-                .wrong(format!("{command:?} was answered with {answer:?}"));
-        }
-        answer
-    }
-
-    fn ask(&self, command: Command) -> Answer {
-        self.answer(command, &self.request(command))
-    }
-
-    /// The machine was just paused: nothing moves, and nothing is half done.
-    fn check_stillness(&self) {
-        if self.fate == Fate::GuestResets {
-            // That reset may begin as soon as the machine is paused.
-            return;
-        }
-        let before = self.ledger.moves.load(Relaxed);
-        for (begun, seen) in self.ledger.begun.iter().zip(&self.ledger.seen) {
-            let (begun, seen) = (begun.load(Relaxed), seen.load(Relaxed));
-            if begun != seen {
-                self.ledger
-                    .wrong(format!("paused, and of {begun} reads {seen} are done"));
-            }
-        }
-        for _ in 0..draw(20) {
-            point();
-        }
-        if self.ledger.moves.load(Relaxed) != before {
-            self.ledger.wrong("something moved in a paused machine".into());
-        }
-    }
-
-    fn control(mut self) {
-        for _ in 0..1 + draw(6) {
-            for _ in 0..draw(40) {
-                point();
-            }
-            match draw(6) {
-                0 | 1 if !self.paused => {
-                    self.paused = self.ask(Command::Pause) == Answer::Done(State::Paused);
-                    if self.paused {
-                        self.check_stillness();
-                    }
-                }
-                0..=2 if self.paused => {
-                    self.paused = self.ask(Command::Resume) != Answer::Done(State::Running);
-                }
-                2 => {
-                    let (pause, resume) = (self.request(Command::Pause), self.request(Command::Resume));
-                    self.answer(Command::Pause, &pause);
-                    self.answer(Command::Resume, &resume);
-                }
-                3 => {
-                    let answer = self.ask(Command::Reset);
-                    let expected = if self.paused {
-                        State::Paused
-                    } else {
-                        State::Running
-                    };
-                    let other = matches!(answer, Answer::Done(state) if state != expected);
-                    if other && self.fate != Fate::GuestResets {
-                        self.ledger
-                            .wrong(format!("a reset in {expected} led to {answer:?}"));
-                    }
-                }
-                _ => {
-                    for _ in 0..3 {
-                        self.kickers[draw(VCPUS)].kick();
-                    }
-                }
-            }
-        }
-        self.ask(Command::Stop);
-        // After the end, too.
-        for kicker in &self.kickers {
-            kicker.kick();
-        }
-    }
-}
-
 /// One machine's life. What went wrong, if something did.
 fn live() -> Result<(), String> {
-    let fates = [
+    let mut fates = vec![
         Fate::Nothing,
         Fate::Nothing,
         Fate::GuestResets,
@@ -371,6 +94,14 @@ fn live() -> Result<(), String> {
         Fate::DevicePanics,
         Fate::VcpuPanics,
     ];
+    // One who waits for each answer, or more who do not.
+    let crowd = draw(2) * (1 + draw(3));
+    let mut hasty = 0;
+    if crowd > 0 {
+        fates.extend([Fate::Stuck, Fate::Stuck, Fate::Stuck, Fate::LateTime]);
+        hasty = [0, 0, 400, 60][draw(4)];
+    }
+    simulation::hasten(hasty);
     let fate = fates[draw(fates.len())];
     let unlucky = draw(VCPUS);
     let (counts, counted) = unbounded();
@@ -380,6 +111,13 @@ fn live() -> Result<(), String> {
         begun: Default::default(),
         seen: Default::default(),
         counts,
+        times: AtomicU64::new(0),
+        known: AtomicU64::new(0),
+        frozen: AtomicBool::new(false),
+        loose: AtomicBool::new(false),
+        resets: AtomicU64::new(0),
+        dead: AtomicBool::new(false),
+        over: Default::default(),
         wrong,
     });
     let log = Logger::root(Discard, o!());
@@ -408,6 +146,7 @@ fn live() -> Result<(), String> {
     });
     const CLAIMS: &[Claim] = &[Claim::new(0, 4)];
     chipset.add_device(counter, COUNTER, CLAIMS, &config);
+    chipset.add_device(Box::new(Mud(ledger.clone())), MUD, CLAIMS, &config);
     drop(config);
     let devices = chipset.devices.len();
     let answered = chipset.devices.iter();
@@ -422,20 +161,21 @@ fn live() -> Result<(), String> {
         play_events(characters, gate, waker_end, stop, ended, events);
     })
     .map_err(|error| error.to_string())?;
+    let published = Arc::new(Published::new(VCPUS, devices));
     let mut machine = Machine::new(Parts {
         sender: sender.clone(),
         mailbox,
         devices: actors.control(),
         answered,
         switches: Switches::default(),
-        platform: Box::new(NoPlatform),
+        platform: Box::new(Time(ledger.clone())),
         event_loop,
         clock,
         waker,
         deadline: None,
         on_reset: OnReset::Reset,
         vcpus: VCPUS,
-        published: Arc::new(Published::new(VCPUS, devices)),
+        published: published.clone(),
         log,
     });
     let backends = (0..VCPUS).map(|vcpu| {
@@ -444,6 +184,7 @@ fn live() -> Result<(), String> {
             vcpu,
             rounds,
             fate: (vcpu == unlucky).then(|| (draw(rounds as usize) as u32, fate)),
+            late: fate == Fate::LateTime,
             life: 0,
             round: 0,
             steps: VecDeque::new(),
@@ -454,17 +195,39 @@ fn live() -> Result<(), String> {
         .start_vcpus(backends.collect(), &actors, &sender)
         .map_err(|error| error.to_string())?;
     drop((sender, actors));
-    let controller = Controller {
-        machine: address,
-        kickers: machine.kickers(),
-        ledger: ledger.clone(),
-        fate,
-        paused: false,
-    };
-    crate::thread::spawn("controller", move || controller.control()).map_err(|error| error.to_string())?;
-    tell(|| format!("{fate:?} for vcpu{unlucky}"));
+    let (kickers, controlled) = (machine.kickers(), ledger.clone());
+    if crowd == 0 {
+        let controller = Controller {
+            machine: address,
+            kickers,
+            ledger: controlled,
+            fate,
+            paused: false,
+        };
+        crate::thread::spawn("controller", move || controller.control())
+            .map_err(|error| error.to_string())?;
+    } else {
+        let all = Arc::new(Crowd {
+            machine: address,
+            kickers,
+            published,
+            ledger: controlled,
+            fate,
+            hasty: hasty > 0,
+            left: AtomicU64::new(crowd as u64),
+            stopped: AtomicBool::new(false),
+        });
+        for number in 0..crowd {
+            let one = all.clone();
+            crate::thread::spawn(format!("controller{number}"), move || one.control())
+                .map_err(|error| error.to_string())?;
+        }
+    }
+    tell(|| format!("{fate:?} for vcpu{unlucky}, {crowd} who do not wait, hasty {hasty}"));
     let outcome = machine.supervise();
     tell(|| format!("it ended as {outcome:?}"));
+    // Who is left behind may go.
+    ledger.loose.store(true, Relaxed);
     drop((machine, ledger));
     simulation::wait_for_all();
     let expected = matches!(
@@ -472,7 +235,9 @@ fn live() -> Result<(), String> {
         (Outcome::Stopped, _)
             | (Outcome::GuestExit(7), Fate::GuestExits)
             | (Outcome::InternalError(_), Fate::VcpuPanics)
-    );
+            // A reset that is late in the middle.
+            | (Outcome::ResetFailed(_), Fate::Stuck | Fate::LateTime)
+    ) || hasty > 0 && matches!(outcome, Outcome::ResetFailed(_));
     if !expected {
         return Err(format!("with {fate:?} it ended as {outcome:?}"));
     }
@@ -566,18 +331,27 @@ fn a_seed_is_a_schedule() {
     }
 }
 
+/// Some schedule finds it.
+fn find(planted: Planted) {
+    let found = (0..10_000).find_map(|seed| simulate(seed, Some(planted)).err());
+    let found = found.unwrap_or_else(|| panic!("no schedule finds {planted:?}"));
+    println!("{planted:?}: {found}");
+}
+
 #[test]
-fn planted_mistakes_are_found() {
-    // From where: one of them shows in few schedules.
-    for (planted, from) in [
-        (Planted::NoKick, 0),
-        (Planted::KickFirst, 0),
-        (Planted::Unsettled, 0),
-        (Planted::ForgottenDevice, 0),
-        (Planted::HeardTwice, 3_000),
-    ] {
-        let found = (from..from + 10_000).find_map(|seed| simulate(seed, Some(planted)).err());
-        let found = found.unwrap_or_else(|| panic!("no schedule finds {planted:?}"));
-        println!("{planted:?}: {found}");
-    }
+fn planted_mistakes_of_kicks_and_answers_are_found() {
+    find(Planted::NoKick);
+    find(Planted::KickFirst);
+    find(Planted::Unsettled);
+    find(Planted::ForgottenDevice);
+    find(Planted::HeardTwice);
+}
+
+#[test]
+fn planted_mistakes_of_time_and_limits_are_found() {
+    find(Planted::NoTakeTime);
+    find(Planted::TakeTimeTwice);
+    find(Planted::TakeTimeLost);
+    find(Planted::FrozenEarly);
+    find(Planted::NoDeadline);
 }

@@ -140,6 +140,8 @@ impl<S: Source> ScriptedBackend<S> {
 impl<S: Source> Backend for ScriptedBackend<S> {
     fn run(&mut self) -> Result<(), RunError> {
         self.complete();
+        // Between the way in and the guest.
+        crate::simulation::point();
         if self.immediate_exit.load(Ordering::Relaxed) != 0 {
             return Err(RunError::Interrupted);
         }
