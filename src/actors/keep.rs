@@ -18,25 +18,29 @@
 //!
 //! Each side says what it does before it looks at what the other has said, so at least one of them sees the other
 //! (Dekker's argument): whoever comes sees that the keeper is in a turn, or the keeper sees that it has been revoked. If
-//! both see it, both claim, by a compare-and-swap that one of them wins: that one has the token, as after any other way
-//! to take it, and serves what is in the lanes. The keeper's fence is one for the compiler only. Whoever comes pays for both:
+//! both may have the token, both claim, by a compare-and-swap that one of them wins: that one has it, as after any other
+//! way to take it, and serves what is in the lanes. `kept` counts the keepings of a lane, so that who was held up between its
+//! look and its claim does not claim a later one, in which the keeper may be in a turn. The keeper's fence is one for the compiler only. Whoever comes pays for both:
 //! `membarrier(MEMBARRIER_CMD_PRIVATE_EXPEDITED)`, by which every processor that runs a thread of this process passes a
 //! full barrier before the call returns (membarrier(2); about a microsecond). So the keeper's store is seen, or its load
 //! comes after the barrier and sees `REVOKED`. Where the host has no such call nobody keeps a token.
 //!
-//! Nobody waits for a keeper that does nothing: its thread may sleep, be in the guest or have ended. Between clearing
-//! `KEPT` and revoking, whoever came holds up the others that come, as the holder of a token does.
+//! Nobody waits for a keeper that does nothing: its thread may sleep, be in the guest or have ended. Whoever came holds up
+//! the others that come until it has revoked, as the holder of a token does. That includes the membarrier, which waits until
+//! each of those processors has answered an interrupt, and for its turn among all programs that call it: a microsecond, or a
+//! time slice where the host's own processors are shared.
 //!
 //! # Orderings
 //!
 //! * `inside := false` is `Release`, and the look of whoever comes `Acquire`: the next turn sees the state that the
 //!   keeper's last one left.
 //! * The fences are `SeqCst` together (a model has real ones): Dekker's argument needs one order of all of them.
-//! * `kept` needs none: it says who may, and what that one reads is ordered by `inside` and by the word.
+//! * `kept` needs none: it says who may, and what that one reads is ordered by `inside` and by the word. Its count is current
+//!   for whoever revokes, who has read the word that the keeper wrote after it.
 
-use super::sync::{AtomicBool, AtomicU8, Bug, Ordering, Site, at, planted};
+use super::sync::{AtomicBool, AtomicU32, Bug, Ordering, Site, at, planted};
 
-/// After so many turns of one sender without anybody else's the token is kept. To revoke it costs about as much as 400
+/// After so many turns of one sender in which it met nobody the token is kept. To revoke it costs about as much as 400
 /// turns save; so somebody who comes again and again just after that makes an access dearer by a twentieth at most.
 #[cfg(not(any(test, loom)))]
 const KEEP_AFTER: u32 = 8192;
@@ -58,37 +62,48 @@ pub(super) fn keep_after() -> u32 {
     KEEP_AFTER
 }
 
-// What `kept` can be.
+// What `kept` can be, in its two lowest bits; above is the number of the keeping.
 /// This lane's sender is not the keeper.
-const NO: u8 = 0;
+const NO: u32 = 0;
 /// It is.
-const YES: u8 = 1;
+const YES: u32 = 1;
 /// It was, and nobody has claimed the token yet.
-const REVOKED: u8 = 2;
+const REVOKED: u32 = 2;
+const WHICH: u32 = 3;
+/// To the next keeping. They come round after 2^30, a day of nothing else, in which whoever revokes would have to stand still.
+const NEXT: u32 = 4;
 
 /// A lane's part of the protocol. Of all lanes of an actor one at most is kept.
 pub(super) struct Keep {
     /// The keeper is in a turn. Stays set if the turn panics: the actor is closed then.
     inside: AtomicBool,
-    kept: AtomicU8,
+    kept: AtomicU32,
 }
 
 impl Keep {
     pub(super) fn new() -> Keep {
         Keep {
             inside: AtomicBool::new(false),
-            kept: AtomicU8::new(NO),
+            kept: AtomicU32::new(NO),
         }
     }
 
     /// For the holder, before it lets go of the token by `HELD | KEPT`.
     pub(super) fn begin(&self) {
-        self.kept.store(YES, Ordering::Relaxed);
+        let last = self.kept.load(Ordering::Relaxed) & !WHICH;
+        self.kept.store(last.wrapping_add(NEXT) | YES, Ordering::Relaxed);
     }
 
     /// For the holder that could not.
     pub(super) fn end(&self) {
-        self.kept.store(NO, Ordering::Relaxed);
+        let this = self.kept.load(Ordering::Relaxed) & !WHICH;
+        self.kept.store(this | NO, Ordering::Relaxed);
+    }
+
+    /// Whether the sender is the keeper.
+    #[inline(always)]
+    fn is_kept(&self) -> bool {
+        self.kept.load(Ordering::Relaxed) & WHICH == YES
     }
 
     /// For the keeper, before a turn. `false`: it is the keeper no more, and must [`Keep::leave`].
@@ -96,7 +111,7 @@ impl Keep {
     pub(super) fn enter(&self) -> bool {
         self.inside.store(true, Ordering::Relaxed);
         membarrier::light(at(Site::KeeperEnters, Ordering::SeqCst));
-        self.kept.load(Ordering::Relaxed) == YES
+        self.is_kept()
     }
 
     /// For the keeper, after a turn. `false`: it is the keeper no more, and must [`Keep::claim`].
@@ -105,16 +120,28 @@ impl Keep {
         self.inside
             .store(false, at(Site::KeeperLeaves, Ordering::Release));
         membarrier::light(at(Site::KeeperLooks, Ordering::SeqCst));
-        self.kept.load(Ordering::Relaxed) == YES
+        self.is_kept()
     }
 
-    /// Whether the token is the caller's: for the keeper, which is not in a turn, and for whoever revokes.
+    /// For the keeper that is it no more, and not in a turn: whether the token is its own all the same.
+    #[cold]
     pub(super) fn claim(&self) -> bool {
+        // Nobody but the caller begins a keeping of this lane.
+        self.claim_of(self.kept.load(Ordering::Relaxed) & !WHICH)
+    }
+
+    /// Whether the token, of this keeping, is the caller's.
+    fn claim_of(&self, keeping: u32) -> bool {
+        let keeping = match planted(Bug::ClaimAnother) {
+            true => self.kept.load(Ordering::Relaxed) & !WHICH,
+            false => keeping,
+        };
+        let (from, to) = (keeping | REVOKED, keeping | NO);
         if planted(Bug::ClaimBlindly) {
-            return self.kept.swap(NO, Ordering::Relaxed) != YES;
+            return self.kept.swap(to, Ordering::Relaxed) & WHICH != YES;
         }
         self.kept
-            .compare_exchange(REVOKED, NO, Ordering::Relaxed, Ordering::Relaxed)
+            .compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed)
             .is_ok()
     }
 
@@ -122,10 +149,11 @@ impl Keep {
     /// into the lanes.
     #[cold]
     pub(super) fn revoke(&self) -> bool {
-        self.kept.store(REVOKED, Ordering::Relaxed);
+        let keeping = self.kept.load(Ordering::Relaxed) & !WHICH;
+        self.kept.store(keeping | REVOKED, Ordering::Relaxed);
         membarrier::heavy(at(Site::Revoke, Ordering::SeqCst));
         let inside = self.inside.load(at(Site::RevokerLooks, Ordering::Acquire));
-        (!inside || planted(Bug::RevokeBlindly)) && self.claim()
+        (!inside || planted(Bug::RevokeBlindly)) && self.claim_of(keeping)
     }
 
     /// Whether the keeper is in a turn.
@@ -168,10 +196,15 @@ mod membarrier {
 
     /// A full barrier on every processor that runs a thread of this process.
     pub(super) fn heavy(_order: Ordering) {
-        if !call(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED) {
-            // It cannot fail once it is registered, but without it nothing that follows would be true.
-            eprintln!("actor-vmm: membarrier: {}", std::io::Error::last_os_error());
-            std::process::abort();
+        while !call(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED) {
+            let error = std::io::Error::last_os_error();
+            // The kernel may want memory for it. Nothing else can be wrong once it is registered, but without it nothing
+            // that follows would be true.
+            if error.raw_os_error() != Some(libc::ENOMEM) {
+                eprintln!("actor-vmm: membarrier: {error}");
+                std::process::abort();
+            }
+            std::thread::yield_now();
         }
     }
 }

@@ -47,7 +47,10 @@ fn explore_looking(looks: u32, preemptions: usize, model: impl Fn() + Sync + Sen
 /// The same with senders that keep the token after their first turn alone.
 fn explore_keeping(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
     super::keep::KEEP_AFTER.set(1);
+    // Or it would not be alone again for long.
+    super::port::FORGET.set(0);
     explore(preemptions, model);
+    super::port::FORGET.set(16);
     super::keep::KEEP_AFTER.set(u32::MAX);
 }
 
@@ -527,5 +530,43 @@ pub(super) fn loom_who_revokes_knows_who_keeps() {
         third.ask(100).unwrap();
         others.into_iter().for_each(|other| other.join().unwrap());
         assert_eq!(first.ask(0).unwrap().0, 221);
+    });
+}
+
+#[test]
+pub(super) fn loom_who_was_held_up_claims_no_later_keeping() {
+    // One revokes, finds the keeper in no turn, and is held up. The keeper takes the token back by that, serves it, and keeps
+    // the token again, in the same lane. Another revokes that, while the keeper is in a turn.
+    explore_keeping(3, || {
+        let address = adder(3);
+        let mut keeper = address.connect().unwrap();
+        keeper.ask(1).unwrap();
+        let others: Vec<_> = (0..2)
+            .map(|_| {
+                let mut port = address.connect().unwrap();
+                thread::spawn(move || port.post(10).unwrap())
+            })
+            .collect();
+        for _ in 0..4 {
+            keeper.ask(1).unwrap();
+        }
+        others.into_iter().for_each(|other| other.join().unwrap());
+        assert_eq!(keeper.ask(0).unwrap().0, 25);
+    });
+}
+
+#[test]
+pub(super) fn loom_nothing_goes_in_front_of_a_keepers_stop() {
+    explore_keeping(3, || {
+        let address = adder(2);
+        let (mut keeper, mut other) = (address.connect().unwrap(), address.connect().unwrap());
+        keeper.ask(1).unwrap();
+        let other = thread::spawn(move || {
+            let _ = other.post(10);
+        });
+        keeper.stop_later();
+        assert_eq!(keeper.ask(1), Err(Closed));
+        assert_eq!(keeper.post(1), Err(Closed));
+        other.join().unwrap();
     });
 }

@@ -124,6 +124,8 @@ pub(crate) enum Bug {
     RevokeBlindly,
     /// Both sides claim a revoked token, and both get it.
     ClaimBlindly,
+    /// Whoever revokes claims a later keeping than it has looked at.
+    ClaimAnother,
     /// The keeper does not look whether it was revoked during its turn.
     KeepBlindly,
     /// Everybody who finds a token kept revokes it.

@@ -186,7 +186,15 @@ struct Friends {
 
 impl Friends {
     /// Looks in vain until they are forgotten.
-    const FORGET: u32 = 16;
+    #[cfg(not(loom))]
+    fn forget() -> u32 {
+        16
+    }
+    #[cfg(loom)]
+    fn forget() -> u32 {
+        FORGET.get()
+    }
+
     /// The most own turns between looks.
     const SELDOM: u32 = 16;
     /// A friend shall look so often for its reply: longer than without us, shorter than [`PATIENCE`].
@@ -207,7 +215,7 @@ impl Friends {
     /// Learns from a look.
     fn found(&mut self, met: &Met) {
         self.in_vain = if met.any { 0 } else { self.in_vain + 1 };
-        if self.in_vain > Self::FORGET {
+        if self.in_vain > Self::forget() {
             *self = Friends::default();
         } else if met.any {
             if met.looked < Self::LOOKS.start {
@@ -218,6 +226,12 @@ impl Friends {
         }
         self.turns = self.every;
     }
+}
+
+#[cfg(loom)]
+thread_local! {
+    /// What a model wants of [`Friends::forget`].
+    pub(super) static FORGET: std::cell::Cell<u32> = const { std::cell::Cell::new(16) };
 }
 
 /// How often a sender looks for the reply before it registers, if its last ask was served by somebody else.
@@ -512,8 +526,9 @@ impl<A: Actor> Port<A> {
         }
     }
 
-    /// Sends and goes on, or gives the message back when there are no credits. Never waits, so it is for those who
-    /// may not: the event loop, a backend, an actor that answers to a lower rank.
+    /// Sends and goes on, or gives the message back when there are no credits. Never waits for an actor, so it is for those
+    /// who may not: the event loop, a backend, an actor that answers to a lower rank. (To take a kept token is a system
+    /// call, see `keep.rs`.)
     ///
     /// # Errors
     /// `Err(Some(message))` without credits; `Err(None)` when the actor has ended.
@@ -558,6 +573,8 @@ impl<A: Actor> Port<A> {
         // What would come behind a stop is refused here, so the stop is the last thing in the lane and keeps its cell.
         if !std::mem::replace(&mut self.stopped, true) && !self.is_closed() {
             self.core.lanes[self.lane].call(Call::Stop, LEFT);
+            // A keeper would go on in front of it until whoever is about to revoke has done so.
+            self.open(false);
             let _ = self.register();
         }
     }

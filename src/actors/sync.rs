@@ -4,7 +4,7 @@
 #[cfg(not(loom))]
 pub(crate) use real::*;
 #[cfg(not(loom))]
-pub(crate) use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+pub(crate) use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 // Not loom's, which cannot hold a `dyn Job`; what it counts is not part of any protocol here.
 pub(crate) use std::sync::Arc;
 
@@ -14,7 +14,7 @@ pub(crate) use super::planted::{Bug, Site, at, planted};
 pub(crate) use loom::{
     cell::UnsafeCell,
     hint::spin_loop,
-    sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence},
+    sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence},
 };
 
 /// The queue of a pool.

@@ -92,6 +92,7 @@ const BUGS: &[(Bug, Model)] = &[
     (BellLate, loom_resident_sleeps_and_is_woken),
     (RevokeBlindly, loom_a_keeper_and_who_comes),
     (ClaimBlindly, loom_a_keeper_and_who_comes),
+    (ClaimAnother, loom_who_was_held_up_claims_no_later_keeping),
     (KeepBlindly, loom_a_keeper_and_who_comes),
     (RevokeTogether, loom_a_kept_token_is_revoked_once),
     (KeepWhatever, loom_a_kept_token_is_revoked_once),
