@@ -432,6 +432,35 @@ fn a_suspended_request_goes_on_when_resumed() {
     assert_eq!(rig.outcome(), Outcome::Used(64));
 }
 
+#[test]
+fn a_start_right_after_a_pause_is_heard() {
+    // Rings are counted, not told apart: those of the resume, the reset, the start and the driver can be one.
+    let (entered, inside) = bounded(1);
+    let (release, released) = bounded::<()>(1);
+    let source = Stuck {
+        entered,
+        release: released,
+    };
+    let mut rig = Rig::new(Box::new(Rng::from_source(source)));
+    for round in 0..2000 {
+        rig.describe(DESCRIPTORS, 0, 0x5000, 64, WRITE, 0);
+        rig.offer(0);
+        rig.remote.ring();
+        inside
+            .recv_timeout(super::testing::LIMIT)
+            .unwrap_or_else(|_| panic!("round {round}: nobody looked at the queue"));
+        rig.remote.suspend();
+        release.send(()).unwrap();
+        // It comes back from the host and waits, at last.
+        for _ in 0..round % 64 {
+            std::thread::yield_now();
+        }
+        rig.remote.resume();
+        rig.start();
+    }
+    drop(release);
+}
+
 /// Any content for a descriptor: mostly near what is valid.
 fn descriptor() -> impl Strategy<Value = (u64, u32, u16, u16)> {
     let address =

@@ -229,18 +229,29 @@ struct Guest {
 impl Guest {
     /// Begins a touch; waits while the machine is paused.
     fn touch(&self, epoch: Epoch) -> Result<Touch<'_>, Interruption> {
-        loop {
+        match self.lease.touch(epoch) {
+            Ok(touch) => Ok(touch),
+            Err(Refused::Revoked) => Err(Interruption::Gone),
+            Err(Refused::Suspended) => self.touch_when_resumed(epoch),
+        }
+    }
+
+    #[cold]
+    fn touch_when_resumed(&self, epoch: Epoch) -> Result<Touch<'_>, Interruption> {
+        let touch = loop {
             match self.lease.touch(epoch) {
-                Ok(touch) => return Ok(touch),
-                Err(Refused::Revoked) => return Err(Interruption::Gone),
+                Ok(touch) => break Ok(touch),
+                Err(Refused::Revoked) => break Err(Interruption::Gone),
                 Err(Refused::Suspended) if self.ending.load(Ordering::Acquire) => {
-                    return Err(Interruption::Gone);
+                    break Err(Interruption::Gone);
                 }
-                // Whoever resumes, resets or ends the machine rings. What else rang is found when the queue is looked
-                // at again, which it always is after a request.
+                // Whoever resumes, resets or ends the machine rings.
                 Err(Refused::Suspended) => drop(self.rest(None, None)),
             }
-        }
+        };
+        // So may have others, as one with the above: the driver, or a new start. Whoever rests next has to hear it too.
+        let _ = self.bell.write(1);
+        touch
     }
 
     /// Sleeps until the bell rings, or the host has done something. Returns whether it has.
