@@ -17,6 +17,9 @@
 //!
 //! `design.md` has the topology, the ranks, the orderings and the decisions.
 
+// What tests and fuzzing share is more than the latter needs.
+#![cfg_attr(fuzzing, allow(dead_code))]
+
 pub mod actors;
 pub mod baselines;
 pub mod bench;

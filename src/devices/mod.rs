@@ -39,7 +39,7 @@ pub mod rtc;
 pub mod shell;
 #[doc(hidden)]
 pub mod tarpit;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(crate) mod testing;
 pub mod uart16550;
 

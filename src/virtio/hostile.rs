@@ -1,24 +1,12 @@
 //! What a hostile driver can do, against each device: nothing may panic, hang, grow or touch what it must not, and after
 //! a reset the device serves as if nothing had been.
 
-use super::balloon;
-use super::block::config::Format;
-use super::block::image::tests::Scratch;
-use super::block::qcow2::tests::made_image;
-use super::block::{Block, Disk, DiskConfig, Image};
-use super::console;
-use super::limit::{Allowance, Limited, Limits};
-use super::net;
-use super::net::control::Control;
-use super::net::receive::Receive;
-use super::net::transmit::Transmit;
 use super::pci::layout;
-use super::queue::Handler;
 use super::rng::Rng;
+use super::subjects::{quiet, subjects};
 use super::testing::{
     AVAILABLE, DESCRIPTORS, INDIRECT, MEMORY_BYTES, NEXT, Outcome, R, Rig, USED, W, WRITE, kept_log,
 };
-use super::vsock;
 use crate::devices::shell::DeviceMessage;
 use crate::devices::testing::FakeContext;
 use crate::devices::{Access, BackendEvent, Device, Queues, Width};
@@ -27,175 +15,7 @@ use crate::pci::{BAR, CONFIG};
 use crate::vcpu::route::Decode;
 use crossbeam_channel::{Receiver, bounded};
 use proptest::prelude::*;
-use slog::{Logger, o};
 use std::io::{self, Read};
-use std::sync::Arc;
-
-fn quiet() -> Logger {
-    Logger::root(slog::Discard, o!())
-}
-
-/// A device, a request that it must be able to serve, and what has to stay alive.
-struct Subject {
-    name: &'static str,
-    handler: Box<dyn Handler>,
-    probe: Box<dyn Fn(&mut Rig) -> Outcome>,
-    served: Outcome,
-    _kept: Box<dyn std::any::Any>,
-}
-
-/// A disk's request for its serial number.
-fn identification() -> Box<dyn Fn(&mut Rig) -> Outcome> {
-    Box::new(|rig| {
-        let mut header = [0; 16];
-        header[0] = 8;
-        rig.write(0x5000, &header);
-        rig.request(&[R(0x5000, 16), W(0x6000, 20), W(0x6100, 1)])
-    })
-}
-
-fn subjects() -> Vec<Subject> {
-    // The same behind a limit that is never reached for long.
-    let file = Scratch::new(&[0; 64 << 10]);
-    let image = Arc::new(Image::open(&file.config(false)).unwrap());
-    let allowance = Allowance {
-        bytes: Some(1 << 40),
-        operations: Some(1 << 30),
-    };
-    let limits = Limits::new(allowance);
-    let limited = Subject {
-        name: "blk limited",
-        handler: Limited::around(Block::new(Disk::Raw(image), "", quiet()), &limits, 17).unwrap(),
-        probe: identification(),
-        served: Outcome::Used(21),
-        _kept: Box::new(file),
-    };
-    let file = Scratch::new(&[0; 64 << 10]);
-    let image = Arc::new(Image::open(&file.config(false)).unwrap());
-    let disk = Subject {
-        name: "blk",
-        handler: Box::new(Block::new(Disk::Raw(image), "", quiet())),
-        probe: identification(),
-        served: Outcome::Used(21),
-        _kept: Box::new(file),
-    };
-    let file = Scratch::new(&made_image());
-    let config = DiskConfig {
-        format: Some(Format::Qcow2),
-        ..file.config(false)
-    };
-    let qcow2 = Subject {
-        name: "blk qcow2",
-        handler: Box::new(Block::new(Disk::open(&config).unwrap().remove(0), "", quiet())),
-        probe: identification(),
-        served: Outcome::Used(21),
-        _kept: Box::new(file),
-    };
-    let rng = Subject {
-        name: "rng",
-        handler: Box::new(Rng::open().unwrap()),
-        probe: Box::new(|rig| rig.request(&[W(0x5000, 16)])),
-        served: Outcome::Used(16),
-        _kept: Box::new(()),
-    };
-    let (mut all, (pair, host)) = (vec![disk, limited, qcow2, rng], net::testing::pair());
-    let link = net::testing::link(quiet());
-    // Frames are there: a queue without any would look at nothing.
-    let (inside, frame) = (Arc::new(host), [0; 12 + 60]);
-    let sender = inside.clone();
-    inside.set_nonblocking(true).unwrap();
-    while sender.send(&frame).is_ok() {}
-    all.push(Subject {
-        name: "net receive",
-        handler: Box::new(Receive::new(pair.0, link.end(true))),
-        probe: Box::new(move |rig| {
-            let _ = sender.send(&frame);
-            rig.request(&[W(0x5000, 12), W(0x6000, 1600)])
-        }),
-        served: Outcome::Used(72),
-        _kept: Box::new(()),
-    });
-    all.push(Subject {
-        name: "net transmit",
-        handler: Box::new(Transmit::new(pair.1, link.end(false))),
-        probe: Box::new(move |rig| {
-            let mut frame = [0; 2048];
-            while inside.recv(&mut frame).is_ok() {}
-            let outcome = rig.request(&[R(0x5000, 12), R(0x6000, 60)]);
-            // Behind what was on its way before, perhaps.
-            let deadline = std::time::Instant::now() + super::testing::LIMIT;
-            while !matches!(inside.recv(&mut frame), Ok(72)) {
-                assert!(std::time::Instant::now() < deadline, "the frame was not sent");
-                std::thread::yield_now();
-            }
-            outcome
-        }),
-        served: Outcome::Used(0),
-        _kept: Box::new(()),
-    });
-    all.push(Subject {
-        name: "net control",
-        handler: Box::new(Control::without_commands()),
-        probe: Box::new(|rig| rig.request(&[R(0x5000, 4), W(0x6000, 1)])),
-        served: Outcome::Used(1),
-        _kept: Box::new(()),
-    });
-    let (place, receive, transmit) = vsock::tests::queues::handlers();
-    all.push(Subject {
-        name: "vsock receive",
-        handler: Box::new(receive),
-        probe: Box::new(|rig| rig.request(&[W(0x5000, 44), W(0x6000, 100)])),
-        served: Outcome::Used(44),
-        _kept: Box::new(place),
-    });
-    all.push(Subject {
-        name: "vsock transmit",
-        handler: Box::new(transmit),
-        probe: Box::new(|rig| {
-            rig.write(0x5000, &[0; 44]);
-            rig.request(&[R(0x5000, 44)])
-        }),
-        served: Outcome::Used(0),
-        _kept: Box::new(()),
-    });
-    let console::tests::Handlers {
-        receive,
-        fill,
-        transmit,
-        reader,
-    } = console::tests::handlers();
-    all.push(Subject {
-        name: "console receive",
-        handler: receive,
-        probe: Box::new(move |rig| {
-            fill();
-            rig.request(&[W(0x5000, 16)])
-        }),
-        served: Outcome::Used(16),
-        _kept: Box::new(()),
-    });
-    all.push(Subject {
-        name: "console transmit",
-        handler: transmit,
-        probe: Box::new(|rig| rig.request(&[R(0x5000, 16)])),
-        served: Outcome::Used(0),
-        _kept: Box::new(reader),
-    });
-    for (name, features, handler) in balloon::tests::handlers() {
-        all.push(Subject {
-            name,
-            handler,
-            probe: Box::new(move |rig| {
-                rig.features = features;
-                rig.start();
-                rig.request(&[R(0x5000, 16)])
-            }),
-            served: Outcome::Used(0),
-            _kept: Box::new(()),
-        });
-    }
-    all
-}
 
 /// Lets a driver do its worst with a new queue, then resets and looks whether the device serves.
 fn survives(worst: impl Fn(&mut Rig, &str)) {

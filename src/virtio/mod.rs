@@ -28,6 +28,8 @@ pub mod chain;
 pub mod complaints;
 pub mod config;
 pub mod console;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 #[cfg(test)]
 mod hostile;
 pub mod interrupt;
@@ -40,7 +42,9 @@ pub mod pci;
 pub mod queue;
 pub mod registers;
 pub mod rng;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
+pub(crate) mod subjects;
+#[cfg(any(test, fuzzing))]
 pub(crate) mod testing;
 pub mod used;
 pub mod vsock;

@@ -5,6 +5,7 @@ mod boot;
 mod build;
 mod debugger;
 mod emulated_host;
+mod fuzz;
 mod image;
 mod initramfs;
 mod kernel;
@@ -43,6 +44,8 @@ enum Task {
     Test(test::Args),
     /// Run scenarios with real guests in an emulated host (works without /dev/kvm)
     EmulatedHost(emulated_host::Args),
+    /// Let hostile guests, led by coverage, at the virtio devices
+    Fuzz(fuzz::Args),
     /// Make a symbol file for gdb of a guest's /proc/kallsyms
     Symbols(names::Args),
     /// Measure
@@ -78,6 +81,7 @@ fn run(task: Task) -> Result<bool> {
         Task::Image(args) => image::run(&args).map(|()| true),
         Task::Test(args) => test::run(&args),
         Task::EmulatedHost(args) => emulated_host::run(&args),
+        Task::Fuzz(args) => fuzz::run(&args),
         Task::Symbols(args) => names::run(&args),
         Task::Bench(Bench::Boot(args)) => bench::run(&args),
         Task::Bench(Bench::Stress) => bench::stress(),

@@ -1,4 +1,4 @@
-//! What the emulated host is made of: Debian's QEMU, busybox and cloud kernel.
+//! What the emulated host is made of: Debian's QEMU, busybox and cloud kernel; and a C++ compiler for libFuzzer.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -16,10 +16,11 @@ pub struct Args {
 }
 
 /// A file that only the package brings, and the package.
-const NEEDED: [(&str, &str); 9] = [
+const NEEDED: [(&str, &str); 10] = [
     ("/usr/bin/qemu-system-x86_64", "qemu-system-x86"),
     ("/usr/share/doc/busybox-static", "busybox-static"),
     ("/usr/bin/qemu-img", "qemu-utils"),
+    ("/usr/bin/g++", "g++"),
     ("/usr/bin/lz4", "lz4"),
     ("/usr/bin/xz", "xz-utils"),
     ("/usr/bin/gdb", "gdb"),

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use harness::scenario;
 
 use crate::emulated_host::{self, Options, Vmm};
-use crate::{paths, process, setup};
+use crate::{fuzz, paths, process, setup};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -85,6 +85,9 @@ const STEPS: [Step; 4] = [
     },
 ];
 
+/// For each target: whether it runs at all, and what is found at once.
+const FUZZ_SECONDS: u32 = 5;
+
 /// For all scenarios of the suite ci together.
 const CI_LIMIT: Duration = Duration::from_secs(1800);
 /// For those of any other.
@@ -118,6 +121,13 @@ pub fn run(args: &Args) -> Result<bool> {
             );
             Ok(status.success())
         });
+    }
+    if wanted("fuzz") {
+        let all = fuzz::Args {
+            targets: Vec::new(),
+            seconds: FUZZ_SECONDS,
+        };
+        summary.step("fuzz", || fuzz::run(&all));
     }
     if args.suite != "none" && wanted("scenarios") {
         summary.scenarios(&args.suite);

@@ -16,8 +16,10 @@
 pub mod config;
 pub mod queues;
 pub mod state;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod testing;
 #[cfg(test)]
-pub(crate) mod tests;
+mod tests;
 
 pub use config::BalloonConfig;
 pub use state::{Balloon, BalloonSwitch};

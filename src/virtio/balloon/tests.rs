@@ -2,26 +2,13 @@
 
 use super::queues::{Deflate, Inflate, MOST_PAGES, Other};
 use super::state::Giver;
-use super::{Balloon, BalloonConfig, PAGE_BYTES, REPORTING, STATS, open};
-use crate::virtio::complaints::Complaints;
-use crate::virtio::queue::Handler;
-use crate::virtio::registers::{Published, Written};
+use super::testing::{balloon, inflate, quiet};
+use super::{BalloonConfig, PAGE_BYTES, REPORTING, STATS, open};
+use crate::virtio::registers::Published;
 use crate::virtio::testing::{Buffer, LIMIT, MEMORY_BYTES, Outcome, R, Rig, W};
 use slog::{Logger, o};
 use std::time::{Duration, Instant};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
-
-fn quiet() -> Complaints {
-    Complaints::new(Logger::root(slog::Discard, o!()))
-}
-
-fn balloon() -> Balloon {
-    Balloon::new(0, Written::new(4))
-}
-
-fn inflate(balloon: &Balloon) -> Inflate {
-    Inflate::new(balloon.clone(), Published::wide(0, 0), quiet())
-}
 
 /// Pages of guest memory that the host has given. [mincore(2)]
 fn resident(rig: &Rig) -> usize {
@@ -203,17 +190,6 @@ fn what_a_driver_is_told_of_the_device() {
             (size_bytes, 0)
         );
     }
-}
-
-/// For [`crate::virtio::hostile`].
-pub fn handlers() -> [(&'static str, u64, Box<dyn Handler>); 3] {
-    let balloon = balloon();
-    let other = Other::new(false, balloon.clone(), None, quiet()).unwrap();
-    [
-        ("balloon inflate", 0, Box::new(inflate(&balloon))),
-        ("balloon deflate", 0, Box::new(Deflate)),
-        ("balloon report", REPORTING, Box::new(other)),
-    ]
 }
 
 #[test]

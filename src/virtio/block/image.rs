@@ -287,39 +287,9 @@ pub(super) fn lock(file: &File, read_only: bool) -> Result<(), Problem> {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
+    use super::super::testing::Scratch;
     use super::*;
-    use std::sync::atomic::AtomicU32;
-
-    /// A file that is gone with the value.
-    pub(crate) struct Scratch(pub PathBuf);
-
-    impl Scratch {
-        pub(crate) fn new(content: &[u8]) -> Scratch {
-            static NEXT: AtomicU32 = AtomicU32::new(0);
-            let number = NEXT.fetch_add(1, Ordering::Relaxed);
-            let path = std::env::temp_dir().join(format!("actor-vmm-disk-{}-{number}", std::process::id()));
-            std::fs::write(&path, content).unwrap();
-            Scratch(path)
-        }
-
-        pub(crate) fn config(&self, read_only: bool) -> DiskConfig {
-            DiskConfig {
-                path: self.0.clone(),
-                read_only,
-                queues: 1,
-                serial: String::new(),
-                allowance: Default::default(),
-                format: None,
-            }
-        }
-    }
-
-    impl Drop for Scratch {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_file(&self.0);
-        }
-    }
 
     fn refused(config: &DiskConfig) -> String {
         Image::open(config).map(|_| ()).unwrap_err().to_string()

@@ -18,6 +18,8 @@ pub mod disk;
 pub mod image;
 pub mod qcow2;
 pub mod request;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod testing;
 
 pub use config::DiskConfig;
 pub use disk::Disk;

@@ -340,7 +340,7 @@ mod tests {
     use super::*;
     use crate::virtio::block::DiskConfig;
     use crate::virtio::block::image::Image;
-    use crate::virtio::block::image::tests::Scratch;
+    use crate::virtio::block::testing::Scratch;
     use crate::virtio::testing::{Outcome, R, Rig, W};
     use slog::o;
     use std::fs::File;

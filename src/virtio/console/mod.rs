@@ -15,8 +15,10 @@
 
 pub mod size;
 pub mod terminal;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod testing;
 #[cfg(test)]
-pub(crate) mod tests;
+mod tests;
 
 pub use size::{Size, SizeSwitch};
 

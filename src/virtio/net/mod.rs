@@ -24,7 +24,7 @@ pub mod passt;
 pub mod receive;
 pub mod stream;
 pub mod tap;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;

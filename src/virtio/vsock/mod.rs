@@ -27,8 +27,10 @@ pub mod packet;
 pub mod queues;
 mod sockets;
 pub mod switchboard;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod testing;
 #[cfg(test)]
-pub(crate) mod tests;
+mod tests;
 
 pub use config::VsockConfig;
 

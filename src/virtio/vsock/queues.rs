@@ -64,7 +64,7 @@ impl Between {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 impl Between {
     /// As the transmit queue would.
     pub fn put(&self, life: u32, header: Header) {

@@ -1,89 +1,22 @@
 //! The socket device with real sockets of the host, and a guest that is played packet by packet.
 
 mod packets;
-pub mod queues;
+mod queues;
 
 use super::connection::{BUFFER_BYTES, Ports};
-use super::packet::{HEADER_BYTES, HOST_CID, Header, NEITHER, NO_RECEIVE, NO_SEND, STREAM, op};
+use super::packet::{HEADER_BYTES, HOST_CID, Header, NEITHER, NO_RECEIVE, NO_SEND, op};
 use super::queues::Between;
 use super::switchboard::{MAX_CONNECTIONS, MAX_REFUSALS, MAX_SILENT, Switchboard};
-use crate::host::socket::OwnedSocket;
-use crate::virtio::complaints::Complaints;
-use crate::virtio::testing::{LIMIT, kept_log};
+use super::testing::{CID, PORTS, Place, header, switchboard};
+use crate::virtio::testing::LIMIT;
 use crossbeam_channel::Receiver;
 use nix::poll::{PollFd, PollFlags, poll};
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::path::Path;
 use std::time::Instant;
-
-pub const CID: u32 = 7;
-
-/// A directory for sockets.
-pub struct Place(PathBuf);
-
-impl Place {
-    pub fn new() -> Place {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("actor-vmm-vsock-{}-{number}", std::process::id()));
-        std::fs::create_dir_all(&path).unwrap();
-        Place(path)
-    }
-
-    pub fn socket(&self) -> PathBuf {
-        self.0.join("v")
-    }
-
-    /// Somebody who listens at a port of the host.
-    pub fn listen(&self, port: u32) -> UnixListener {
-        UnixListener::bind(self.0.join(format!("v_{port}"))).unwrap()
-    }
-
-    /// Somebody who wants a port of the guest.
-    pub fn client(&self, port: u32) -> UnixStream {
-        let mut client = UnixStream::connect(self.socket()).unwrap();
-        client.set_read_timeout(Some(LIMIT)).unwrap();
-        client.write_all(format!("CONNECT {port}\n").as_bytes()).unwrap();
-        client
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-/// A switchboard at a socket there.
-pub fn switchboard(place: &Place, between: &Between) -> (Switchboard, Receiver<String>) {
-    let (log, lines) = kept_log();
-    let socket = OwnedSocket::bind("--vsock uds=", &place.socket(), 16).unwrap();
-    let board = Switchboard::new(
-        "vsock0",
-        CID,
-        socket,
-        between.arrived.clone(),
-        Complaints::new(log),
-    );
-    (board.unwrap(), lines)
-}
-
-pub fn header(operation: u16, ports: Ports) -> Header {
-    Header {
-        source_cid: CID.into(),
-        destination_cid: HOST_CID,
-        source_port: ports.guest,
-        destination_port: ports.host,
-        kind: STREAM,
-        operation,
-        buffer_bytes: 1 << 20,
-        ..Header::default()
-    }
-}
 
 /// A guest without queues: packets go straight to the switchboard.
 struct Guest {
@@ -177,11 +110,6 @@ impl Guest {
         socket
     }
 }
-
-const PORTS: Ports = Ports {
-    guest: 1000,
-    host: 52,
-};
 
 fn read_line(client: &mut UnixStream) -> String {
     let mut line = Vec::new();

@@ -26,7 +26,7 @@
 pub mod header;
 mod medium;
 #[cfg(test)]
-pub(crate) mod tests;
+mod tests;
 
 use super::SECTOR_BYTES;
 use super::config::DiskConfig;

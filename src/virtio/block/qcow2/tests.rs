@@ -2,6 +2,7 @@
 //! and says so; under CI that is a failure.
 
 use super::*;
+use crate::virtio::block::testing::made_image;
 use crate::virtio::block::{Block, Disk};
 use crate::virtio::queue::Handler;
 use crate::virtio::testing::{LIMIT, Outcome, R, Rig, W, kept_log};
@@ -283,28 +284,6 @@ proptest! {
             let _ = header.check_tables(length, true, read);
         }
     }
-}
-
-/// A small image of our own: clusters of 512 bytes, for L1 table, refcount table, refcount block and an L2 table.
-pub(crate) fn made_image() -> Vec<u8> {
-    let mut bytes = vec![0; 512 * 5];
-    let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
-    put(0, &header::MAGIC);
-    put(4, &3u32.to_be_bytes());
-    put(20, &9u32.to_be_bytes());
-    put(24, &32768u64.to_be_bytes());
-    put(36, &1u32.to_be_bytes());
-    put(40, &512u64.to_be_bytes());
-    put(48, &1024u64.to_be_bytes());
-    put(56, &1u32.to_be_bytes());
-    put(96, &4u32.to_be_bytes());
-    put(100, &104u32.to_be_bytes());
-    put(512, &(2048u64 | 1 << 63).to_be_bytes());
-    put(1024, &1536u64.to_be_bytes());
-    for cluster in 0..5 {
-        put(1536 + 2 * cluster, &1u16.to_be_bytes());
-    }
-    bytes
 }
 
 #[test]

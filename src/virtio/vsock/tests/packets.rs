@@ -1,9 +1,10 @@
 //! Any packets in any order.
 
-use super::{Guest, Place, header};
+use super::Guest;
 use crate::virtio::vsock::connection::{BUFFER_BYTES, Ports};
 use crate::virtio::vsock::packet::Header;
 use crate::virtio::vsock::switchboard::MAX_CONNECTIONS;
+use crate::virtio::vsock::testing::{Place, header};
 use proptest::prelude::*;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;

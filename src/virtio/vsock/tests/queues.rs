@@ -1,10 +1,10 @@
 //! The queues, each on its thread, with guest memory.
 
-use super::{PORTS, Place, header, switchboard};
 use crate::virtio::testing::{LIMIT, Outcome, R, Rig, W};
 use crate::virtio::vsock::connection::Ports;
 use crate::virtio::vsock::packet::{HEADER_BYTES, Header, op};
 use crate::virtio::vsock::queues::{Between, Receive, Transmit};
+use crate::virtio::vsock::testing::{PORTS, Place, header, switchboard};
 use std::io::{Read, Write};
 
 /// The two queues, each with its thread and its own guest memory.
@@ -130,20 +130,4 @@ fn chains_that_cannot_be_packets() {
         queues.receive.start();
         drop(client);
     }
-}
-
-/// Handlers for [`crate::virtio::hostile`]. In each of a thousand lives the receive queue has something to say.
-pub fn handlers() -> (Place, Receive, Transmit) {
-    let place = Place::new();
-    let between = Between::new(4000).unwrap();
-    for life in 1..=1000 {
-        for _ in 0..4 {
-            between.put(life, header(op::RW, PORTS));
-        }
-    }
-    let (board, _) = switchboard(&place, &between);
-    let receive = Receive::new(board, &between);
-    // Nobody takes what this one says, for which there is room.
-    let transmit = Transmit::new(&Between::new(1 << 12).unwrap());
-    (place, receive, transmit)
 }
