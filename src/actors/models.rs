@@ -453,24 +453,29 @@ pub(super) fn loom_a_keeper_that_is_away_keeps_nobody_waiting() {
     });
 }
 
+/// A keeper asks so often more, while two others post.
+fn a_keeper_and_two_who_post(asks: u64) {
+    let address = adder(3);
+    let mut keeper = address.connect().unwrap();
+    keeper.ask(1).unwrap();
+    let others: Vec<_> = (0..2)
+        .map(|_| {
+            let mut port = address.connect().unwrap();
+            thread::spawn(move || port.post(10).unwrap())
+        })
+        .collect();
+    for _ in 0..asks {
+        keeper.ask(1).unwrap();
+    }
+    others.into_iter().for_each(|other| other.join().unwrap());
+    // Whatever was posted is in nobody's lane any more: the last one to let go has seen it.
+    assert_eq!(keeper.ask(0).unwrap().0, 21 + asks);
+}
+
 #[test]
 pub(super) fn loom_a_kept_token_is_revoked_once() {
     // Two come at once, while the keeper is in a turn or not, and comes back or not.
-    explore_keeping(2, || {
-        let address = adder(3);
-        let mut keeper = address.connect().unwrap();
-        keeper.ask(1).unwrap();
-        let others: Vec<_> = (0..2)
-            .map(|_| {
-                let mut port = address.connect().unwrap();
-                thread::spawn(move || port.post(10).unwrap())
-            })
-            .collect();
-        keeper.ask(1).unwrap();
-        others.into_iter().for_each(|other| other.join().unwrap());
-        // Whatever was posted is in nobody's lane any more: the last one to let go has seen it.
-        assert_eq!(keeper.ask(0).unwrap().0, 22);
-    });
+    explore_keeping(2, || a_keeper_and_two_who_post(1));
 }
 
 #[test]
@@ -537,22 +542,7 @@ pub(super) fn loom_who_revokes_knows_who_keeps() {
 pub(super) fn loom_who_was_held_up_claims_no_later_keeping() {
     // One revokes, finds the keeper in no turn, and is held up. The keeper takes the token back by that, serves it, and keeps
     // the token again, in the same lane. Another revokes that, while the keeper is in a turn.
-    explore_keeping(3, || {
-        let address = adder(3);
-        let mut keeper = address.connect().unwrap();
-        keeper.ask(1).unwrap();
-        let others: Vec<_> = (0..2)
-            .map(|_| {
-                let mut port = address.connect().unwrap();
-                thread::spawn(move || port.post(10).unwrap())
-            })
-            .collect();
-        for _ in 0..4 {
-            keeper.ask(1).unwrap();
-        }
-        others.into_iter().for_each(|other| other.join().unwrap());
-        assert_eq!(keeper.ask(0).unwrap().0, 25);
-    });
+    explore_keeping(3, || a_keeper_and_two_who_post(4));
 }
 
 #[test]

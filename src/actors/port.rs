@@ -160,10 +160,10 @@ pub struct Port<A: Actor> {
 enum Opening {
     /// It takes the token, if the actor is idle. It has no friends.
     Alone,
-    /// It has kept the token, and goes on as long as nobody has revoked it.
-    Keeper,
     /// The same, and it has.
     Among,
+    /// It has kept the token, and goes on as long as nobody has revoked it.
+    Keeper,
     /// It leaves its ask in its lane and looks: its last one was served by somebody else, and soon.
     Leave,
     /// It leaves everything in its lane: the token is never a sender's.

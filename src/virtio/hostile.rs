@@ -179,6 +179,19 @@ struct Stuck {
     release: Receiver<()>,
 }
 
+impl Stuck {
+    /// A queue with such a host; tells when a request is inside, and lets one go for each message.
+    fn rig() -> (Rig, Receiver<()>, crossbeam_channel::Sender<()>) {
+        let (entered, inside) = bounded(1);
+        let (release, released) = bounded(1);
+        let source = Stuck {
+            entered,
+            release: released,
+        };
+        (Rig::new(Box::new(Rng::from_source(source))), inside, release)
+    }
+}
+
 impl Read for Stuck {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
         let _ = self.entered.send(());
@@ -190,13 +203,7 @@ impl Read for Stuck {
 
 #[test]
 fn a_reset_does_not_wait_for_the_host_and_nothing_is_written_after_it() {
-    let (entered, inside) = bounded(1);
-    let (release, released) = bounded::<()>(1);
-    let source = Stuck {
-        entered,
-        release: released,
-    };
-    let mut rig = Rig::new(Box::new(Rng::from_source(source)));
+    let (mut rig, inside, release) = Stuck::rig();
     for _ in 0..100 {
         rig.describe(DESCRIPTORS, 0, 0x5000, 64, WRITE, 0);
         rig.offer(0);
@@ -228,13 +235,7 @@ fn a_reset_does_not_wait_for_the_host_and_nothing_is_written_after_it() {
 
 #[test]
 fn a_suspended_request_goes_on_when_resumed() {
-    let (entered, inside) = bounded(1);
-    let (release, released) = bounded::<()>(1);
-    let source = Stuck {
-        entered,
-        release: released,
-    };
-    let mut rig = Rig::new(Box::new(Rng::from_source(source)));
+    let (mut rig, inside, release) = Stuck::rig();
     rig.describe(DESCRIPTORS, 0, 0x5000, 64, WRITE, 0);
     rig.offer(0);
     rig.remote.ring();
@@ -255,13 +256,7 @@ fn a_suspended_request_goes_on_when_resumed() {
 #[test]
 fn a_start_right_after_a_pause_is_heard() {
     // Rings are counted, not told apart: those of the resume, the reset, the start and the driver can be one.
-    let (entered, inside) = bounded(1);
-    let (release, released) = bounded::<()>(1);
-    let source = Stuck {
-        entered,
-        release: released,
-    };
-    let mut rig = Rig::new(Box::new(Rng::from_source(source)));
+    let (mut rig, inside, release) = Stuck::rig();
     for round in 0..2000 {
         rig.describe(DESCRIPTORS, 0, 0x5000, 64, WRITE, 0);
         rig.offer(0);
