@@ -71,7 +71,7 @@ pub trait Actor: Send + 'static {
 /// What every actor of a machine is told about the machine's life, as a message.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Lifecycle {
-    /// The machine starts to run.
+    /// The machine starts to run. For vCPUs only.
     Start,
     /// Guest time stops. State must not change until [`Lifecycle::Resume`].
     Pause,
@@ -79,6 +79,26 @@ pub enum Lifecycle {
     Resume,
     /// Back to the power-on state.
     Reset,
+}
+
+impl Lifecycle {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Lifecycle; 4] = [
+        Lifecycle::Start,
+        Lifecycle::Pause,
+        Lifecycle::Resume,
+        Lifecycle::Reset,
+    ];
+
+    /// As a verb.
+    pub fn name(self) -> &'static str {
+        match self {
+            Lifecycle::Start => "start",
+            Lifecycle::Pause => "pause",
+            Lifecycle::Resume => "resume",
+            Lifecycle::Reset => "reset",
+        }
+    }
 }
 
 /// The news that an actor died of a panic.

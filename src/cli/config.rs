@@ -1,10 +1,11 @@
 //! `--config FILE`: a machine in a TOML file, and `--dry-run`, which writes one.
 //!
 //! A file says what flags say, under the same names: what it has is turned into flags and parsed with those of the command
-//! line, by the same code, into the same types. What is a list there (disks, networks, placements) is added to; what is
+//! line, by the same code, into the same types. What is a list there (disks, networks, consoles, placements) is added to; what is
 //! there once may be in one of the two, since nobody could tell which of them was meant. Every key is tried alone first, so
 //! that a mistake is told with its place in the file.
 
+use crate::host::console::ConsoleKind;
 use crate::machine::supervisor::{Guest, MachineConfig};
 use crate::virtio::keys::{self, Item, KeyError, Keyed};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
@@ -117,8 +118,9 @@ pub fn expand(cli: &Command, mut arguments: Vec<OsString>) -> Result<Vec<OsStrin
     let flags = flags(file, &read(file)?, run, matches)?;
     let place = arguments
         .iter()
+        .skip(1)
         .position(|word| word == "run")
-        .map_or(1, |n| n + 1);
+        .map_or(1, |n| n + 2);
     arguments.splice(place..place, flags);
     Ok(arguments)
 }
@@ -346,6 +348,20 @@ pub fn written(
         };
         table.insert(key.into(), value);
     }
+    // Where the consoles go depends on which there are.
+    let serial = [("serial", Some(&machine.console))];
+    let consoles = serial
+        .into_iter()
+        .chain([("virtio", machine.virtio.console.as_ref())]);
+    let consoles = consoles.filter_map(|(device, kind)| kind.map(|kind| (device, kind)));
+    let text = |(device, kind): (&str, &ConsoleKind)| {
+        let place = kind
+            .to_text()
+            .ok_or_else(|| ConfigError::NotText("console".into()))?;
+        Ok(Value::String(format!("{device}:{place}")))
+    };
+    let consoles = consoles.map(text).collect::<Result<Vec<_>, ConfigError>>()?;
+    table.insert("console".into(), Value::Array(consoles));
     // Its default is what the consoles make of it.
     if let Guest::Kernel(kernel) = &machine.guest {
         table.insert("cmdline".into(), Value::String(kernel.cmdline.clone()));

@@ -76,14 +76,7 @@ impl Published {
 
     fn unanswered(&self, index: usize) -> Option<Lifecycle> {
         let number = self.unanswered.get(index)?.load(Ordering::Relaxed);
-        [
-            Lifecycle::Start,
-            Lifecycle::Pause,
-            Lifecycle::Resume,
-            Lifecycle::Reset,
-        ]
-        .get(usize::from(number).checked_sub(1)?)
-        .copied()
+        Lifecycle::ALL.get(usize::from(number).checked_sub(1)?).copied()
     }
 }
 

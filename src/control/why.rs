@@ -136,23 +136,14 @@ fn sender(snapshot: &Snapshot, lane: usize) -> Option<&Seen> {
     }
 }
 
-fn verb(event: Lifecycle) -> &'static str {
-    match event {
-        Lifecycle::Start => "start",
-        Lifecycle::Pause => "pause",
-        Lifecycle::Resume => "resume",
-        Lifecycle::Reset => "reset",
-    }
-}
-
 impl Snapshot {
     /// Who waits for whom.
     pub fn graph(&self) -> Graph {
         let mut waits = Vec::new();
-        let machine = |on: &str, event| Wait {
+        let machine = |on: &str, event: Lifecycle| Wait {
             who: "machine".into(),
             on: on.into(),
-            message: verb(event).into(),
+            message: event.name().into(),
             ms: None,
             asleep: true,
         };

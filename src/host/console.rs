@@ -26,6 +26,18 @@ pub enum ConsoleKind {
     Off,
 }
 
+impl ConsoleKind {
+    /// What it is parsed from; `None`: its path is no text.
+    pub fn to_text(&self) -> Option<String> {
+        Some(match self {
+            ConsoleKind::Stdio => "stdio".into(),
+            ConsoleKind::Pty => "pty".into(),
+            ConsoleKind::Off => "off".into(),
+            ConsoleKind::File(path) => format!("file:{}", path.to_str()?),
+        })
+    }
+}
+
 impl FromStr for ConsoleKind {
     type Err = String;
 

@@ -100,6 +100,8 @@ pub(super) struct Machine {
     askers: Vec<(Holder, Reply)>,
     on_reset: OnReset,
     guest_wants_reset: bool,
+    /// What it asked for first while a reset was under way, which may be given up.
+    guest_asked: Option<MachineRequest>,
     published: Arc<Published>,
     debugger: Option<GdbHandle>,
     /// Where to look for what those are doing who do not answer.
@@ -203,6 +205,7 @@ impl Machine {
             askers: Vec::new(),
             on_reset: parts.on_reset,
             guest_wants_reset: false,
+            guest_asked: None,
             published: parts.published,
             debugger: None,
             observatory: None,
@@ -385,6 +388,9 @@ impl Machine {
                     Ok(entry) => {
                         self.entry = entry;
                         self.published.count_reset();
+                        // Of the guest that was.
+                        self.guest_wants_reset = false;
+                        self.guest_asked = None;
                         self.conductor.reloaded();
                     }
                     Err(error) => return Some(self.reset_failed(chain(&error))),
@@ -433,8 +439,9 @@ impl Machine {
 
     /// What the guest itself wants.
     fn guest_asks(&mut self, request: MachineRequest) -> Option<Outcome> {
-        // The guest that is being reset has no say any more: what it asked for first was the reset.
+        // The guest that is being reset has no say any more, unless the reset is given up.
         if self.conductor.state() == State::Resetting {
+            self.guest_asked.get_or_insert(request);
             return None;
         }
         match request {
@@ -558,9 +565,7 @@ impl Machine {
     }
 
     fn tell_device(&mut self, index: usize, event: Lifecycle) {
-        if event != Lifecycle::Start {
-            self.lives[index].told = self.lives[index].told.wrapping_add(1);
-        }
+        self.lives[index].told = self.lives[index].told.wrapping_add(1);
         if !self.devices.tell(index, event) {
             self.conductor.device_gone(index);
         }

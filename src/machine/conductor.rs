@@ -14,7 +14,8 @@
 //! **Each stage has its time**, whoever has to be told for it and whoever only has to answer what he was told before: a
 //! stage whose answers are waited for has a number ([`Conductor::awaited`]), and another number is another limit. When that
 //! is over ([`Conductor::time_is_up`]) whoever asked hears whom the machine waits for. A pause goes on with all the
-//! others then, a resume waits, and a reset is given up, if nothing was changed yet.
+//! others then, a resume waits, and so does a reset for the guest to be loaded; otherwise it is given up, if nothing was
+//! changed yet.
 //!
 //! **The boot processor's clock** comes before any vCPU runs, because all of them may read it (`vcpu/guest_clock.rs`), and
 //! only the boot processor itself can set it right. So guest time stands only while the boot processor does: it can be told
@@ -38,7 +39,7 @@ pub enum Effect {
     Vcpu(usize, Lifecycle),
     /// Tell the boot processor, which is paused, that guest time goes on; answered.
     TakeTime,
-    /// Send to a device; all but Start are answered.
+    /// Send to a device; answered.
     Device(usize, Lifecycle),
     /// Guest time stands from now on.
     FreezeTime,
@@ -72,6 +73,8 @@ pub enum Late {
     Resume,
     /// A reset, which was given up before anything was changed; the machine goes on as it was.
     Reset,
+    /// A reset in the middle, which goes on when the guest is loaded: files may be slow.
+    Reload,
     /// A reset in the middle: the machine can neither go back nor forth.
     ResetFailed,
 }
@@ -82,6 +85,7 @@ impl fmt::Display for Late {
             Late::Pause => "a pause is not complete",
             Late::Resume => "a resume is not complete",
             Late::Reset => "a reset was given up",
+            Late::Reload => "a reset is not complete",
             Late::ResetFailed => "a reset has failed",
         })
     }
@@ -153,11 +157,9 @@ impl Conductor {
     }
 
     /// The number of the stage whose answers are waited for with a limit; another number is another limit. `None`: nobody
-    /// is waited for, or for as long as it takes.
+    /// is waited for, or it was said that it takes long.
     pub fn awaited(&self) -> Option<u64> {
-        self.passage
-            .filter(|passage| !passage.late && passage.stage != Stage::Reload)
-            .map(|_| self.stages)
+        self.passage.filter(|passage| !passage.late).map(|_| self.stages)
     }
 
     /// Who has not answered.
@@ -175,11 +177,9 @@ impl Conductor {
         self.state = self.state.after(transition)?;
         match transition {
             Transition::Start => {
-                let (vcpus, devices) = self.roll.sizes();
-                let device = |device| Effect::Device(device, Lifecycle::Start);
+                // Devices do what they are asked from the first.
                 let vcpu = |vcpu| Effect::Vcpu(vcpu, Lifecycle::Start);
-                self.effects.extend((0..devices).map(device));
-                self.effects.extend((0..vcpus).map(vcpu));
+                self.effects.extend((0..self.roll.vcpus()).map(vcpu));
             }
             Transition::Stop | Transition::Fail => {
                 self.passage = None;
@@ -268,8 +268,8 @@ impl Conductor {
 
     /// Interrupt controllers and memory are at power-on, and the guest is loaded.
     pub fn reloaded(&mut self) {
-        if self.passage.is_some_and(|passage| passage.stage == Stage::Reload) {
-            self.next(Stage::ResetVcpus);
+        if let Some(passage) = self.passage.filter(|passage| passage.stage == Stage::Reload) {
+            self.begin(passage.goal, Stage::ResetVcpus);
             self.roll.reset_vcpus(&mut self.effects);
             self.advance();
         }
@@ -283,6 +283,7 @@ impl Conductor {
         let Passage { goal, stage, .. } = *passage;
         match (stage, goal) {
             (Stage::ResetDevices | Stage::ResetVcpus, _) => return Some(Late::ResetFailed),
+            (Stage::Reload, _) => return Some(Late::Reload),
             // All others shall stand still, whoever is stuck.
             (Stage::PauseVcpus, Goal::Pause) => self.tell_devices(Lifecycle::Pause, Stage::PauseDevices),
             (_, Goal::Reset { .. }) => self.leave_reset(goal),

@@ -5,7 +5,7 @@
 //! in it. So it leaves an order per device here, and a thread that may be lost delivers it. If that thread is lost, the
 //! machine actor starts another ([`Messenger::reinforce`]), and only the stuck device's own messages stay undelivered.
 //!
-//! The thread is started with the first order: a machine that is never paused has none.
+//! The thread is started with the first order: a machine that is never paused or reset has none.
 //!
 //! Owns: an end of each device's mailbox, kept in a channel of its own, so that only one thread has it at a time.
 //! Receives: orders. Sends to: devices, without waiting. Rank: vCPU, as any sender to devices. Ends: with the machine.
@@ -14,6 +14,7 @@ use crate::actors::{Lifecycle, Rank, RankGuard};
 use crate::vcpu::activity::{Activity, ActivityView};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 /// Orders that wait for one device: the machine has at most one that it has not heard of.
 const ORDERS: usize = 4;
@@ -24,7 +25,7 @@ const THREADS: usize = 4;
 pub trait Courier: Send + 'static {
     /// Sends without waiting for the device, but perhaps for those whose turns come first.
     fn deliver(&mut self, event: Lifecycle);
-    /// Ends the device after what was sent before, without waiting.
+    /// Ends the device after what was sent before, without waiting. More than once is as good as once.
     fn stop(&mut self);
 }
 
@@ -32,6 +33,8 @@ struct Slot<C> {
     /// Holds the courier while nobody uses it.
     home: (Sender<C>, Receiver<C>),
     orders: (Sender<Lifecycle>, Receiver<Lifecycle>),
+    /// The device is to be stopped by whoever has the courier.
+    stopping: AtomicBool,
 }
 
 impl<C: Courier> Slot<C> {
@@ -45,8 +48,32 @@ impl<C: Courier> Slot<C> {
             while let Ok(event) = self.orders.1.try_recv() {
                 courier.deliver(event);
             }
-            // There is room: we took it out.
-            let _ = self.home.0.try_send(courier);
+            self.bring_home(courier);
+            // Whoever says that it is to be stopped looks for the courier afterwards, and we the other way round; so one of
+            // us sees the other.
+            fence(Ordering::SeqCst);
+            if self.stopping.load(Ordering::Relaxed) {
+                self.stop_if_home();
+            }
+        }
+    }
+
+    fn bring_home(&self, courier: C) {
+        // There is room: it was taken out.
+        let _ = self.home.0.try_send(courier);
+    }
+
+    fn stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        self.stop_if_home();
+    }
+
+    /// Perhaps by both, which is as good as by one.
+    fn stop_if_home(&self) {
+        if let Ok(mut courier) = self.home.1.try_recv() {
+            courier.stop();
+            self.bring_home(courier);
         }
     }
 }
@@ -71,6 +98,7 @@ impl<C: Courier> Messenger<C> {
             Slot {
                 home,
                 orders: bounded(ORDERS),
+                stopping: AtomicBool::new(false),
             }
         };
         let idle: Vec<_> = (0..THREADS).map(|_| Activity::new()).collect();
@@ -120,14 +148,9 @@ impl<C: Courier> Messenger<C> {
         started
     }
 
-    /// Ends all devices whose courier is at home. The others are stuck.
+    /// Ends all devices. One whose courier is under way is ended when that is back, which may be never.
     pub fn stop(&mut self) {
-        for slot in self.slots.iter() {
-            if let Ok(mut courier) = slot.home.1.try_recv() {
-                courier.stop();
-                let _ = slot.home.0.try_send(courier);
-            }
-        }
+        self.slots.iter().for_each(Slot::stop);
     }
 }
 
@@ -152,10 +175,12 @@ mod tests {
         }
 
         fn stop(&mut self) {
-            let _ = self.delivered.send((self.device, Lifecycle::Reset));
+            let _ = self.delivered.send((self.device, STOP));
         }
     }
 
+    /// What a fake tells when it is stopped.
+    const STOP: Lifecycle = Lifecycle::Reset;
     const HANG: Duration = Duration::from_secs(30);
 
     #[test]
@@ -183,8 +208,14 @@ mod tests {
         assert!(messenger.order(0, Lifecycle::Resume));
         assert!(messenger.order(1, Lifecycle::Resume));
         assert_eq!(delivered.recv_timeout(HANG).unwrap(), (1, Lifecycle::Resume));
+        // A stop does not wait for it, and is not forgotten.
+        messenger.stop();
+        let mut got: Vec<_> = (0..2).map(|_| delivered.try_recv().unwrap()).collect();
+        got.sort_unstable_by_key(|(device, _)| *device);
+        assert_eq!(got, [(1, STOP), (2, STOP)]);
         drop(release);
         assert_eq!(delivered.recv_timeout(HANG).unwrap(), (0, Lifecycle::Pause));
         assert_eq!(delivered.recv_timeout(HANG).unwrap(), (0, Lifecycle::Resume));
+        assert_eq!(delivered.recv_timeout(HANG).unwrap(), (0, STOP));
     }
 }

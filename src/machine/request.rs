@@ -17,7 +17,7 @@ pub enum Command {
     Pause,
     /// Go on.
     Resume,
-    /// The same for a debugger, whose reasons are its own; see [`super::holds`].
+    /// [`Command::Pause`] for a debugger, whose reasons are its own; see [`super::holds`].
     Halt,
     /// The debugger has no reason any more.
     Release,

@@ -21,7 +21,7 @@
 //! PAUSING and RESETTING last until every vCPU and every device has answered, RESUMING until the boot processor knows what
 //! time it is (a moment, or none at all). A stuck device can make a pause last for ever: the machine then stays PAUSING with
 //! everybody else at rest, and can be resumed or stopped. A reset that waits too long is given up before anything was
-//! changed, and the machine goes on. A boot processor whose thread gets no processor keeps the machine RESUMING; it can be
+//! changed, and the machine goes on; later it waits for the guest to be loaded, however long that takes. A boot processor whose thread gets no processor keeps the machine RESUMING; it can be
 //! paused, reset or stopped.
 
 use std::fmt;

@@ -140,7 +140,7 @@ fn queue(device: fn() -> Vec<Subject>, input: &[u8]) {
             }
             9..=11 => rig.offer(u16::from(input.byte() % 20)),
             12 => rig.publish(input.short()),
-            13 => rig.remote.ring(),
+            13 => rig.settle(),
             14 => {
                 rig.features = input.long();
                 rig.start();
@@ -151,7 +151,7 @@ fn queue(device: fn() -> Vec<Subject>, input: &[u8]) {
             }
         }
     }
-    rig.remote.ring();
+    rig.settle();
     rig.features = 0;
     rig.start();
     assert_eq!(probe(&mut rig), served, "{name} after a reset");

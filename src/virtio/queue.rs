@@ -59,7 +59,7 @@ pub enum Interruption {
     Gone,
     /// The driver made a mistake after which the queue cannot be served.
     Broken(Malformed),
-    /// Nothing was done for the driver: the request stays at the head of the queue, for the next use of it.
+    /// The request is not finished: it stays at the head of the queue, and is tried again when [`Handler::prepare`] agrees.
     Untaken,
 }
 

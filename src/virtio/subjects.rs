@@ -38,13 +38,13 @@ pub fn subjects() -> Vec<Subject> {
     devices.into_iter().flat_map(|queues| queues()).collect()
 }
 
-/// A disk's request for its serial number.
-fn identification() -> Box<dyn Fn(&mut Rig) -> Outcome> {
+/// A disk's request for its first sector.
+fn first_sector() -> Box<dyn Fn(&mut Rig) -> Outcome> {
     Box::new(|rig| {
-        let mut header = [0; 16];
-        header[0] = 8;
-        rig.write(0x5000, &header);
-        rig.request(&[R(0x5000, 16), W(0x6000, 20), W(0x6100, 1)])
+        rig.write(0x5000, &[0; 16]);
+        let outcome = rig.request(&[R(0x5000, 16), W(0x6000, 512), W(0x6300, 1)]);
+        assert_eq!(rig.read(0x6300, 1), [0], "the request has failed");
+        outcome
     })
 }
 
@@ -60,8 +60,8 @@ pub fn disk() -> Vec<Subject> {
     let limited = Subject {
         name: "blk limited",
         handler: Limited::around(Block::new(Disk::Raw(image), "", quiet()), &limits, 17).unwrap(),
-        probe: identification(),
-        served: Outcome::Used(21),
+        probe: first_sector(),
+        served: Outcome::Used(513),
         kept: Box::new(file),
     };
     let file = Scratch::new(&[0; 64 << 10]);
@@ -69,8 +69,8 @@ pub fn disk() -> Vec<Subject> {
     let disk = Subject {
         name: "blk",
         handler: Box::new(Block::new(Disk::Raw(image), "", quiet())),
-        probe: identification(),
-        served: Outcome::Used(21),
+        probe: first_sector(),
+        served: Outcome::Used(513),
         kept: Box::new(file),
     };
     let file = Scratch::new(&made_image());
@@ -81,8 +81,8 @@ pub fn disk() -> Vec<Subject> {
     let qcow2 = Subject {
         name: "blk qcow2",
         handler: Box::new(Block::new(Disk::open(&config).unwrap().remove(0), "", quiet())),
-        probe: identification(),
-        served: Outcome::Used(21),
+        probe: first_sector(),
+        served: Outcome::Used(513),
         kept: Box::new(file),
     };
     vec![disk, limited, qcow2]

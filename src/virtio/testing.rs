@@ -11,6 +11,7 @@ use crate::host::events::Tell;
 use crate::pci::decode::Bus;
 use crate::pci::msix::{Message, MessageWire};
 use crossbeam_channel::{Receiver, Sender, unbounded};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use slog::{Drain, Logger, OwnedKVList, Record, o};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -237,6 +238,15 @@ pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
 pub const INDIRECT: u16 = 4;
 
+/// Whether somebody has rung, and nobody has heard it.
+fn ready(bell: &EventFd) -> bool {
+    use std::os::fd::{AsRawFd, BorrowedFd};
+    // SAFETY: the descriptor is open as long as `bell` is, which outlives this function.
+    let bell = unsafe { BorrowedFd::borrow_raw(bell.as_raw_fd()) };
+    let mut polled = [PollFd::new(bell, PollFlags::POLLIN)];
+    poll(&mut polled, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+}
+
 /// A queue's actor on its thread, and a driver for it.
 pub struct Rig {
     pub memory: GuestMemoryMmap,
@@ -341,6 +351,20 @@ impl Rig {
         self.write(slot, &head.to_le_bytes());
         self.available = self.available.wrapping_add(1);
         self.publish(self.available);
+    }
+
+    /// Rings, and waits until the actor has served what it could. (It takes a ring only when it has nothing left to do, so
+    /// the second is taken after what came with the first.)
+    pub fn settle(&self) {
+        let deadline = Instant::now() + LIMIT;
+        for _ in 0..2 {
+            self.remote.ring();
+            let bell = self.remote.bell();
+            while ready(bell) {
+                assert!(Instant::now() < deadline, "the actor does not come to its bell");
+                std::thread::yield_now();
+            }
+        }
     }
 
     /// Sets the available ring's index.

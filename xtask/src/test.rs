@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use harness::scenario;
 
 use crate::emulated_host::{self, Options, Vmm};
-use crate::{fuzz, paths, process, setup};
+use crate::{fuzz, kernel, paths, process, setup};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -29,6 +29,9 @@ struct Step {
     /// How many tests have to pass in it; a filter that matches nothing would be a success for cargo.
     tests: Option<fn() -> Result<usize>>,
 }
+
+/// The step whose tests want a stock kernel.
+const TESTS: &str = "tests";
 
 /// Every step that is a cargo command, in order. Each has a limit in seconds, so that a hang is a failure.
 const STEPS: [Step; 4] = [
@@ -56,7 +59,7 @@ const STEPS: [Step; 4] = [
         tests: None,
     },
     Step {
-        name: "tests",
+        name: TESTS,
         words: &["test", "--quiet", "--locked", "--workspace"],
         env: &[],
         limit: 1200,
@@ -109,6 +112,9 @@ pub fn run(args: &Args) -> Result<bool> {
                 .args(step.words)
                 .envs(step.env.iter().copied())
                 .current_dir(paths::root());
+            if step.name == TESTS {
+                command.env("ACTOR_VMM_TEST_KERNEL", kernel::ensure(false)?.bzimage);
+            }
             let limit = Duration::from_secs(step.limit);
             let Some(tests) = step.tests else {
                 return Ok(process::run_limited(&mut command, limit)?.success());

@@ -286,10 +286,10 @@ proptest! {
     /// A machine that is printed and read again is the same machine, and is printed the same.
     #[test]
     fn what_is_printed_is_read_again(flags in machine()) {
-        let Ok((first, matches)) = run(&flags) else {
-            // They do not all go together.
-            return Ok(());
-        };
+        let parsed = run(&flags);
+        // They do not all go together, but most do.
+        prop_assume!(parsed.is_ok());
+        let (first, matches) = parsed.unwrap();
         let text = printed(&first, &matches);
         let file = Scratch::new(&text);
         let again = run(&with_file(&file, ""));

@@ -6,7 +6,6 @@ use super::super::conductor::{Late, Pending};
 use super::super::outcome::Outcome;
 use super::super::request::Answer;
 use super::Machine;
-use crate::actors::Lifecycle;
 use crate::control::why::{Graph, Seen, Snapshot};
 use crate::vcpu::activity::Doing;
 use slog::warn;
@@ -24,11 +23,17 @@ impl Machine {
         self.devices.reinforce();
         // Whatever is done now, it is not what was asked for.
         let askers = std::mem::take(&mut self.askers);
-        let outcome = self.carry_out();
+        let mut outcome = self.carry_out();
         warn!(self.log, "{late}: it waits for {}", waits.join(", "));
         self.tell_state(before);
         for (_, asker) in askers {
             asker.give(Answer::Waits(self.conductor.state(), waits.clone()));
+        }
+        if late == Late::Reset
+            && outcome.is_none()
+            && let Some(request) = self.guest_asked.take()
+        {
+            outcome = self.guest_asks(request);
         }
         outcome
     }
@@ -44,7 +49,7 @@ impl Machine {
         let name = |pending| match pending {
             Pending::Vcpu(index, event) => {
                 let doing = seen.and_then(|(snapshot, graph)| of_vcpu(index, snapshot, graph));
-                format!("vcpu{index} to {}{}", verb(event), doing.unwrap_or_default())
+                format!("vcpu{index} to {}{}", event.name(), doing.unwrap_or_default())
             }
             Pending::Time => {
                 let doing = seen.and_then(|(snapshot, graph)| of_vcpu(0, snapshot, graph));
@@ -54,7 +59,7 @@ impl Machine {
                 let name = self.lives[index].name;
                 let turn = seen.and_then(|(_, graph)| turn_of(name, graph));
                 let turn = turn.map_or(String::new(), |turn| format!(" ({turn})"));
-                format!("device {name} to {}{turn}", verb(event))
+                format!("device {name} to {}{turn}", event.name())
             }
             Pending::Reload => "the guest to be loaded".into(),
         };
@@ -104,13 +109,4 @@ fn turn_of(device: &str, graph: &Graph) -> Option<String> {
         "{device}'s turn is run by {}{message}{since}",
         turn.holder
     ))
-}
-
-fn verb(event: Lifecycle) -> &'static str {
-    match event {
-        Lifecycle::Start => "start",
-        Lifecycle::Pause => "pause",
-        Lifecycle::Resume => "resume",
-        Lifecycle::Reset => "reset",
-    }
 }

@@ -58,9 +58,9 @@ impl Roll {
         }
     }
 
-    /// How many there are: vCPUs, devices.
-    pub(super) fn sizes(&self) -> (usize, usize) {
-        (self.vcpus.len(), self.devices.len())
+    /// How many vCPUs there are.
+    pub(super) fn vcpus(&self) -> usize {
+        self.vcpus.len()
     }
 
     /// Who has not answered.

@@ -2,7 +2,9 @@
 //!
 //! The lock is on the open file description [fcntl_locking(2)]: exclusive for a disk that can be written, shared for one
 //! that cannot, so two machines can read one image and never share one that either writes. It goes with the last
-//! descriptor, whatever becomes of the program. QEMU's locks on the same file exclude ours and the other way round.
+//! descriptor, whatever becomes of the program. QEMU says what it does with a file by shared locks on single bytes. So a disk
+//! that is written here is refused while QEMU has the file, and QEMU refuses it while it is written here; but what QEMU writes
+//! can be *read* here, which is not noticed, and QEMU does not open what is only read here.
 //!
 //! What begins as a qcow2 image does is used as a raw one only if the user says so, and as a qcow2 image only if the user
 //! says that. Whoever guesses lets a guest decide: it can write such a header to its raw disk, and name any file of the
