@@ -11,12 +11,11 @@ mod kvm;
 
 use actor_vmm::guests::cases;
 use actor_vmm::host::console::ConsoleKind;
-use actor_vmm::machine::dispatch::Dispatch;
-use actor_vmm::machine::memory::{Backing, MIN_BYTES, MemoryConfig};
+use actor_vmm::machine::memory::Backing;
 use actor_vmm::machine::outcome::Outcome;
 use actor_vmm::machine::request::{Answer, Command, Inbox, MachineAddress};
 use actor_vmm::machine::state::State;
-use actor_vmm::machine::supervisor::{self, MachineConfig, OnReset};
+use actor_vmm::machine::supervisor::{self, MachineConfig};
 use kvm::have_kvm;
 use slog::{Discard, Logger, o};
 use std::path::PathBuf;
@@ -37,23 +36,9 @@ impl Machine {
     fn start(name: &str, guest: &str, cpus: usize, change: impl FnOnce(&mut MachineConfig)) -> Machine {
         let console = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("kvm-control-{name}.txt"));
         let mut config = MachineConfig {
-            gdb: None,
-            guest: cases::by_name(guest).unwrap(),
-            cpus,
-            memory: MemoryConfig {
-                size_bytes: MIN_BYTES,
-                backing: Backing::Memfd,
-            },
-            dispatch: Dispatch::Actor,
-            placements: Vec::new(),
             console: ConsoleKind::File(console.clone()),
-            debug_console: ConsoleKind::Off,
-            delay: None,
-            virtio: Default::default(),
             timeout: Some(LIMIT),
-            on_reset: OnReset::Exit,
-            control: None,
-            tarpit: None,
+            ..MachineConfig::bare(cases::by_name(guest).unwrap(), cpus)
         };
         change(&mut config);
         // What an earlier run left must not be taken for this one's.

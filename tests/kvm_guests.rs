@@ -10,12 +10,10 @@ use actor_vmm::boot::layout;
 use actor_vmm::devices::Direction;
 use actor_vmm::guests::cases::{self, CASES, PASSED};
 use actor_vmm::guests::probes::INSTRUCTIONS;
-use actor_vmm::host::console::ConsoleKind;
 use actor_vmm::machine::cpuid::Topology;
-use actor_vmm::machine::dispatch::Dispatch;
-use actor_vmm::machine::memory::{self, Backing, MemoryConfig};
+use actor_vmm::machine::memory::{self};
 use actor_vmm::machine::outcome::Outcome;
-use actor_vmm::machine::supervisor::{self, Guest, MachineConfig, OnReset, Unwired};
+use actor_vmm::machine::supervisor::{self, Guest, MachineConfig, Unwired};
 use actor_vmm::machine::vm::Vm;
 use actor_vmm::vcpu::Cause;
 use actor_vmm::vcpu::backend::{Backend as _, RunError};
@@ -382,23 +380,8 @@ fn signals_end_running_halted_and_spinning_guests_promptly() {
 fn machine_of_one(name: &str, irqchip: bool) -> (Vm, kvm_ioctls::VcpuFd, MachineConfig) {
     let guest = cases::by_name(name).unwrap();
     let config = MachineConfig {
-        guest: guest.clone(),
-        cpus: 1,
-        memory: MemoryConfig {
-            size_bytes: memory::MIN_BYTES,
-            backing: Backing::Memfd,
-        },
-        dispatch: Dispatch::Actor,
-        placements: Vec::new(),
-        console: ConsoleKind::Off,
-        debug_console: ConsoleKind::Off,
-        delay: None,
-        virtio: Default::default(),
         timeout: Some(Duration::from_millis(300)),
-        gdb: None,
-        on_reset: OnReset::Exit,
-        control: None,
-        tarpit: None,
+        ..MachineConfig::bare(guest.clone(), 1)
     };
     let memory = memory::create(&config.memory).unwrap();
     let Guest::Image { bytes, at, entry } = guest else {

@@ -1,17 +1,15 @@
 //! Whole machines without `/dev/kvm`: the supervisor, the event loop and all devices around vCPUs that play a script.
 
 use actor_vmm::actors::{Address, Lifecycle, Placement, PlacementKind, Pool};
-use actor_vmm::boot::EntryPoint;
 use actor_vmm::clock::Clock;
 use actor_vmm::devices::shell::{InterruptLine, Shell, Surroundings};
 use actor_vmm::devices::{Access, AccessClass, Context, Device, Width};
 use actor_vmm::host::console::ConsoleKind;
 use actor_vmm::machine::chipset::{Lines, device_names};
 use actor_vmm::machine::dispatch::Dispatch;
-use actor_vmm::machine::memory::{Backing, MIN_BYTES, MemoryConfig};
 use actor_vmm::machine::outcome::Outcome;
 use actor_vmm::machine::state::State;
-use actor_vmm::machine::supervisor::{self, Guest, MachineConfig, OnReset, StartError, Unwired};
+use actor_vmm::machine::supervisor::{self, Guest, MachineConfig, StartError, Unwired};
 use actor_vmm::vcpu::exit::Exit;
 use actor_vmm::vcpu::route::{Route, RoutingTable, Space, Target};
 use actor_vmm::vcpu::scripted::{Script, ScriptedBackend, Seen, Source, Step};
@@ -131,28 +129,11 @@ impl Ran {
 fn run_sources<S: Source + 'static, L: Lines<Error = StartError>>(sources: Vec<S>, given: &Given<L>) -> Ran {
     let file = Temporary::new();
     let config = MachineConfig {
-        // Scripted vCPUs bring what they run.
-        guest: Guest::Image {
-            bytes: &[],
-            at: 0,
-            entry: EntryPoint::Flat32 { eip: 0 },
-        },
-        cpus: sources.len(),
-        memory: MemoryConfig {
-            size_bytes: MIN_BYTES,
-            backing: Backing::Memfd,
-        },
         dispatch: given.dispatch,
         placements: given.placements.clone(),
         console: ConsoleKind::File(file.0.clone()),
-        debug_console: ConsoleKind::Off,
-        delay: None,
-        virtio: Default::default(),
         timeout: Some(given.timeout),
-        gdb: None,
-        on_reset: OnReset::Exit,
-        control: None,
-        tarpit: None,
+        ..MachineConfig::bare(Guest::none(), sources.len())
     };
     let (log, lines) = kept_log();
     let backends = sources.into_iter().map(ScriptedBackend::new).collect();

@@ -6,11 +6,8 @@ use super::stdout::Stdout;
 use crate::gdb::breakpoints::Mechanisms;
 use crate::gdb::probe;
 use crate::guests::probes::{INSTRUCTIONS, NOTHING, Probe};
-use crate::host::console::ConsoleKind;
-use crate::machine::dispatch::Dispatch;
-use crate::machine::memory::{Backing, MIN_BYTES, MemoryConfig};
 use crate::machine::outcome::{Outcome, status};
-use crate::machine::supervisor::{self, MachineConfig, OnReset};
+use crate::machine::supervisor::{self, MachineConfig};
 use crate::machine::vm;
 use crate::vcpu::Cause;
 use crate::vcpu::exit::Exit;
@@ -33,23 +30,8 @@ enum Verdict {
 
 fn try_probe(probe: &Probe) -> Verdict {
     let config = MachineConfig {
-        guest: probe.guest(),
-        cpus: 1,
-        memory: MemoryConfig {
-            size_bytes: MIN_BYTES,
-            backing: Backing::Memfd,
-        },
-        dispatch: Dispatch::Actor,
-        placements: Vec::new(),
-        console: ConsoleKind::Off,
-        debug_console: ConsoleKind::Off,
-        delay: None,
-        virtio: Default::default(),
         timeout: Some(PROBE_LIMIT),
-        gdb: None,
-        on_reset: OnReset::Exit,
-        control: None,
-        tarpit: None,
+        ..MachineConfig::bare(probe.guest(), 1)
     };
     match supervisor::run(&config, &Logger::root(Discard, o!())) {
         Ok(Outcome::GuestExit(1)) => Verdict::Works,

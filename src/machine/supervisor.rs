@@ -5,7 +5,7 @@ use super::actor::ending::OUTPUT_LIMIT;
 use super::actor::{Machine, NotStarted, Parts};
 use super::chipset::{Chipset, ChipsetConfig, Lines, device_names};
 use super::dispatch::{Actors, BigLock, Channels, DeviceLocks, Discipline, Dispatch, MutexKind};
-use super::memory::{self, Backing, MemoryConfig, MemoryError};
+use super::memory::{self, Backing, MIN_BYTES, MemoryConfig, MemoryError};
 use super::outcome::{Outcome, status};
 use super::platform::{NoPlatform, Platform};
 use super::request::{Inbox, MachineAddress, Mailbox};
@@ -58,6 +58,17 @@ pub enum Guest {
         /// How the boot processor enters it.
         entry: EntryPoint,
     },
+}
+
+impl Guest {
+    /// No code, for vCPUs that bring what they run.
+    pub fn none() -> Guest {
+        Guest::Image {
+            bytes: &[],
+            at: 0,
+            entry: EntryPoint::Flat32 { eip: 0 },
+        }
+    }
 }
 
 /// A whole machine.
@@ -675,6 +686,30 @@ impl<B: Backend + Send + 'static> Assembly<B> {
 }
 
 impl MachineConfig {
+    /// The least of a machine: so many vCPUs and [`MIN_BYTES`] of memory, run by actors, with nobody to talk to and no
+    /// time limit.
+    pub fn bare(guest: Guest, cpus: usize) -> MachineConfig {
+        MachineConfig {
+            guest,
+            cpus,
+            memory: MemoryConfig {
+                size_bytes: MIN_BYTES,
+                backing: Backing::Memfd,
+            },
+            dispatch: Dispatch::Actor,
+            placements: Vec::new(),
+            console: ConsoleKind::Off,
+            debug_console: ConsoleKind::Off,
+            delay: None,
+            virtio: VirtioConfig::default(),
+            timeout: None,
+            gdb: None,
+            on_reset: OnReset::Exit,
+            control: None,
+            tarpit: None,
+        }
+    }
+
     /// The files that the machine is made of, and the option that each was given by.
     fn files(&self) -> Vec<(&'static str, &Path)> {
         let mut files = Vec::new();

@@ -1,15 +1,11 @@
 //! Machines of scripted vCPUs, all other parts real.
 
-use actor_vmm::boot::EntryPoint;
 use actor_vmm::devices::Width;
-use actor_vmm::host::console::ConsoleKind;
-use actor_vmm::machine::dispatch::Dispatch;
-use actor_vmm::machine::memory::{Backing, MIN_BYTES, MemoryConfig};
 use actor_vmm::machine::outcome::Outcome;
 use actor_vmm::machine::platform::{NoPlatform, Platform};
 use actor_vmm::machine::request::{Answer, Command, Inbox, MachineAddress};
 use actor_vmm::machine::state::State;
-use actor_vmm::machine::supervisor::{self, Guest, MachineConfig, OnReset, Unwired};
+use actor_vmm::machine::supervisor::{self, Guest, MachineConfig, Unwired};
 use actor_vmm::vcpu::scripted::{ScriptedBackend, Source, Step};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use slog::{Discard, Logger, o};
@@ -42,28 +38,8 @@ impl Drop for Turn {
 
 pub fn config(cpus: usize) -> MachineConfig {
     MachineConfig {
-        // Scripted vCPUs bring what they run.
-        guest: Guest::Image {
-            bytes: &[],
-            at: 0,
-            entry: EntryPoint::Flat32 { eip: 0 },
-        },
-        cpus,
-        memory: MemoryConfig {
-            size_bytes: MIN_BYTES,
-            backing: Backing::Memfd,
-        },
-        dispatch: Dispatch::Actor,
-        placements: Vec::new(),
-        console: ConsoleKind::Off,
-        debug_console: ConsoleKind::Off,
-        delay: None,
-        virtio: Default::default(),
         timeout: Some(LIMIT),
-        gdb: None,
-        on_reset: OnReset::Exit,
-        control: None,
-        tarpit: None,
+        ..MachineConfig::bare(Guest::none(), cpus)
     }
 }
 

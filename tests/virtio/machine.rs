@@ -1,11 +1,9 @@
 //! A machine that is played, one access at a time.
 
 use actor_vmm::actors::PlacementKind;
-use actor_vmm::boot::EntryPoint;
 use actor_vmm::devices::Width;
-use actor_vmm::host::console::ConsoleKind;
 use actor_vmm::machine::dispatch::Dispatch;
-use actor_vmm::machine::memory::{Backing, MIN_BYTES, MemoryConfig, create};
+use actor_vmm::machine::memory::{Backing, MemoryConfig, create};
 use actor_vmm::machine::outcome::Outcome;
 use actor_vmm::machine::platform::NoPlatform;
 use actor_vmm::machine::request::{Inbox, MachineAddress};
@@ -85,28 +83,17 @@ pub fn config(
     placements: Vec<(String, PlacementKind)>,
     virtio: VirtioConfig,
 ) -> MachineConfig {
+    let bare = MachineConfig::bare(Guest::none(), 1);
     MachineConfig {
-        guest: Guest::Image {
-            bytes: &[],
-            at: 0,
-            entry: EntryPoint::Flat32 { eip: 0 },
-        },
-        cpus: 1,
         memory: MemoryConfig {
-            size_bytes: MIN_BYTES,
             backing: Backing::Anonymous,
+            ..bare.memory
         },
         dispatch,
         placements,
-        console: ConsoleKind::Off,
-        debug_console: ConsoleKind::Off,
-        control: None,
-        tarpit: None,
         virtio,
-        delay: None,
         timeout: Some(LIMIT),
-        gdb: None,
-        on_reset: Default::default(),
+        ..bare
     }
 }
 
