@@ -253,6 +253,7 @@ fn lengths(load: &Load, quick: bool) -> Lengths {
             (true, ..=4) => 50,
             (true, _) => 3,
             (false, ..=4) => 200,
+            (false, ..=16) => 10,
             (false, _) => 20,
         },
     }
