@@ -101,7 +101,7 @@ fn routing(c: &mut Criterion) {
         };
         table.insert(Space::Pio, route).expect("no overlap");
     }
-    let timer = Target::Published(Arc::new(PmTimer::new()));
+    let timer = Target::Published(Arc::new(Box::new(PmTimer::new())));
     table
         .insert(
             Space::Pio,

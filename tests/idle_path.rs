@@ -228,7 +228,7 @@ fn table(clock: &Clock) -> RoutingTable {
         start,
         last: start + 3,
         base: 0,
-        target: Target::Published(Arc::new(PmTimer::new())),
+        target: Target::Published(Arc::new(Box::new(PmTimer::new()))),
     };
     table.insert(Space::Pio, timer).unwrap();
     add_bus(&mut table, clock);

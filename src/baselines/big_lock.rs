@@ -82,11 +82,10 @@ impl<'a, M: Mutex<Machine>> Accesses for Held<'a, M> {
             self.unclaimed.note(space, address, width, Direction::Read);
             return width.all_ones();
         };
-        let value = match hit {
+        match hit {
             Hit::Device { device, access, .. } => devices[device].handle(DeviceMessage::Read(access)),
             Hit::Published(word, access) => word.read(access, clock),
-        };
-        value & width.all_ones()
+        }
     }
 
     #[inline(always)]

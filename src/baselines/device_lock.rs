@@ -70,13 +70,12 @@ impl<M: Mutex<Shell>> Accesses for DeviceLockBus<M> {
             self.unclaimed.note(space, address, width, Direction::Read);
             return width.all_ones();
         };
-        let value = match hit {
+        match hit {
             Hit::Device { device, access, .. } => {
                 shared.devices[device].lock().handle(DeviceMessage::Read(access))
             }
             Hit::Published(word, access) => word.read(access, &shared.clock),
-        };
-        value & width.all_ones()
+        }
     }
 
     #[inline(always)]

@@ -411,7 +411,15 @@ pub(super) mod tests {
                 .flat_map(move |source| loads(name, source, 2))
         };
         let names = [
-            "ask", "post", "scale", "shared", "victim", "split", "kick", "pause",
+            "ask",
+            "post",
+            "published",
+            "scale",
+            "shared",
+            "victim",
+            "split",
+            "kick",
+            "pause",
         ];
         names.into_iter().flat_map(of).map(fill).collect()
     }

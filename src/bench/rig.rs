@@ -256,7 +256,7 @@ pub(super) fn devices(load: &Load, scale: Scale) -> DeviceSet {
         start: PUBLISHED_PORT,
         last: PUBLISHED_PORT + 3,
         base: 0,
-        target: Target::Published(Arc::new(Word::default())),
+        target: Target::Published(Arc::new(Box::new(Word::default()))),
     };
     routes
         .insert(Space::Pio, published)
@@ -525,7 +525,8 @@ struct Vcpu<D: Bus> {
 }
 
 impl<D: Bus> Vcpu<D> {
-    #[inline]
+    // As in the loop of a running vCPU, which has it as a part.
+    #[inline(always)]
     fn step(&mut self) {
         let served = step(&mut self.guest, &mut self.bus, &self.activity);
         debug_assert_eq!(served, Ok(true));

@@ -16,7 +16,7 @@ use crate::devices::rtc::{MemorySize, Rtc};
 use crate::devices::shell::{InterruptLine, Shell, Surroundings};
 use crate::devices::tarpit::{self, Mire, Tarpit};
 use crate::devices::uart16550::Uart16550;
-use crate::devices::{Access, AccessClass, Claim, Device, Direction};
+use crate::devices::{Access, AccessClass, Claim, Device, Direction, Published};
 use crate::devices::{acpi_pm, debug_console, debug_exit, delay, i8042, pci_config, pvpanic, rtc, uart16550};
 use crate::host::character::{self, Waker};
 use crate::host::console::Console;
@@ -169,7 +169,7 @@ pub struct Chipset {
     pub queues: Vec<(usize, QueueActor)>,
     /// What can be switched from outside.
     pub switches: Switches,
-    pm_timer: Arc<PmTimer>,
+    pm_timer: Arc<Box<dyn Published>>,
     bus: Option<Arc<Bus>>,
     /// Who is on it.
     functions: Functions,
@@ -249,7 +249,7 @@ impl Chipset {
         }
         let mut chipset = Chipset {
             devices: Vec::with_capacity(parts.len()),
-            pm_timer: Arc::new(PmTimer::new()),
+            pm_timer: Arc::new(Box::new(PmTimer::new())),
             clock: config.clock.clone(),
             characters: Vec::new(),
             timed: Vec::new(),

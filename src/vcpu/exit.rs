@@ -203,6 +203,15 @@ pub enum AccessExit {
     Mmio(MmioExit),
 }
 
+/// The widths of a port access, by its bytes: looked up, which is shorter than to compute it from any length.
+static PORT_WIDTHS: [Option<Width>; 5] = [
+    None,
+    Some(Width::Byte),
+    Some(Width::Word),
+    None,
+    Some(Width::Dword),
+];
+
 /// Decodes the access that a `kvm_run` page describes; `None`: it is another exit, or malformed, as [`decode`] tells. Apart,
 /// so that what is known of an access stays in registers: an [`Exit`] is large, and goes through memory.
 #[inline(always)]
@@ -220,16 +229,14 @@ pub fn decode_access(run: &kvm::kvm_run) -> Option<AccessExit> {
                 kvm::KVM_EXIT_IO_OUT => Direction::Write,
                 _ => return None,
             };
-            match Width::from_bytes(io.size.into()) {
-                Some(width @ (Width::Byte | Width::Word | Width::Dword)) => Some(AccessExit::Pio(PioExit {
-                    direction,
-                    port: io.port,
-                    width,
-                    count: io.count,
-                    data_offset: io.data_offset,
-                })),
-                _ => None,
-            }
+            let width = (*PORT_WIDTHS.get(usize::from(io.size))?)?;
+            Some(AccessExit::Pio(PioExit {
+                direction,
+                port: io.port,
+                width,
+                count: io.count,
+                data_offset: io.data_offset,
+            }))
         }
         kvm::KVM_EXIT_MMIO => {
             // SAFETY: as above.

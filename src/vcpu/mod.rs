@@ -425,7 +425,7 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
         unsafe { flag.write_volatile(1) };
         // An access that spans several exits (a string, a page crossing) goes on with its next part.
         while let Ok(()) = self.backend.run() {
-            if self.handle().is_some() {
+            if self.handle_apart().is_some() {
                 break;
             }
         }
@@ -433,8 +433,9 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
         unsafe { flag.write_volatile(0) };
     }
 
-    /// Handles the exit that the backend has. `Some`: the vCPU does not go on running.
-    #[inline]
+    /// Handles the exit that the backend has. `Some`: the vCPU does not go on running. A part of the loop above; others take
+    /// [`Vcpu::handle_apart`].
+    #[inline(always)]
     fn handle(&mut self) -> Option<State> {
         // What a discipline holds is held here, from before the exit is looked at until it is served, and no longer.
         self.activity.exited(D::WAITS);
@@ -446,6 +447,12 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
             Served::End(end) => Some(self.give_up(end)),
             Served::Fail(exit) => Some(self.give_up_with(Cause::Exit(exit))),
         }
+    }
+
+    /// The same, where no guest waits for it to be quick.
+    #[inline(never)]
+    fn handle_apart(&mut self) -> Option<State> {
+        self.handle()
     }
 
     /// HLT without anybody in the kernel to wake it: the vCPU sleeps on its mailbox.
@@ -509,7 +516,7 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
 ///
 /// # Errors
 /// See [`RunError`].
-#[inline]
+#[inline(always)]
 pub fn step<B: Backend, D: Bus>(backend: &mut B, bus: &mut D, activity: &Activity) -> Result<bool, RunError> {
     activity.in_guest();
     backend.run()?;
@@ -526,7 +533,7 @@ enum Served {
 }
 
 /// Looks at the exit and serves it, with whatever the discipline holds.
-#[inline]
+#[inline(always)]
 fn serve<B: Backend>(backend: &mut B, mut devices: impl Accesses, activity: &Activity) -> Served {
     match backend.access() {
         Some(AccessExit::Pio(pio)) => {
@@ -565,26 +572,22 @@ fn serve_rare(exit: Exit) -> Served {
     }
 }
 
-#[inline]
+#[inline(always)]
 fn serve_pio<B: Backend>(backend: &mut B, devices: &mut impl Accesses, exit: PioExit) -> Served {
-    let length = exit.width.bytes().checked_mul(exit.count as usize);
-    let Some(data) = length.and_then(|length| backend.pio_data(exit.data_offset, length)) else {
-        return Served::Fail(Exit::Malformed {
-            reason: kvm_bindings::KVM_EXIT_IO,
-            what: "its data is outside the mapping",
-        });
-    };
-    // One element, but for string forms: apart, so that the way of the others has no loop.
+    // One element, but for string forms: apart, so that the way of the others has no loop and no multiplication.
     if exit.count != 1 {
         let PioExit {
             direction,
             port,
             width,
-            ..
+            count,
+            data_offset,
         } = exit;
-        serve_string(data, devices, direction, port, width);
-        return Served::GoOn;
+        return serve_string(backend, devices, direction, port, width, count, data_offset);
     }
+    let Some(data) = backend.pio_data(exit.data_offset, exit.width.bytes()) else {
+        return outside();
+    };
     match exit.direction {
         Direction::Read => put(data, devices.port_in(exit.port, exit.width)),
         Direction::Write => devices.port_out(exit.port, exit.width, get(data)),
@@ -592,16 +595,38 @@ fn serve_pio<B: Backend>(backend: &mut B, devices: &mut impl Accesses, exit: Pio
     Served::GoOn
 }
 
-/// String forms are so many accesses to one port, in order.
+/// String forms are so many accesses to one port, in order. Each field for itself: a [`PioExit`] would be put into memory for it,
+/// also by those that do not come here.
 #[cold]
 #[inline(never)]
-fn serve_string(data: &mut [u8], devices: &mut impl Accesses, direction: Direction, port: u16, width: Width) {
+fn serve_string<B: Backend>(
+    backend: &mut B,
+    devices: &mut impl Accesses,
+    direction: Direction,
+    port: u16,
+    width: Width,
+    count: u32,
+    data_offset: u64,
+) -> Served {
+    let length = width.bytes().checked_mul(count as usize);
+    let Some(data) = length.and_then(|length| backend.pio_data(data_offset, length)) else {
+        return outside();
+    };
     for element in data.chunks_exact_mut(width.bytes()) {
         match direction {
             Direction::Read => put(element, devices.port_in(port, width)),
             Direction::Write => devices.port_out(port, width, get(element)),
         }
     }
+    Served::GoOn
+}
+
+#[cold]
+fn outside() -> Served {
+    Served::Fail(Exit::Malformed {
+        reason: kvm_bindings::KVM_EXIT_IO,
+        what: "its data is outside the mapping",
+    })
 }
 
 /// Stores the low bytes of a value in an element of 1, 2 or 4 bytes. By known lengths: a copy of any length is a call.

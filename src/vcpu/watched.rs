@@ -40,7 +40,7 @@ impl<B: Backend, D: Bus> Vcpu<B, D> {
         let mode = self.arming.mode;
         let rip = || self.backend.registers().map(|registers| registers.linear_rip());
         let stop = match watch.decide(&exit, mode, rip) {
-            Decision::Serve => return self.handle(),
+            Decision::Serve => return self.handle_apart(),
             Decision::Reflect(how) => {
                 let mut control = watch.control(mode);
                 control.control |= how;
