@@ -1,5 +1,6 @@
 //! `cargo xtask bench boot`: exec to /init, and memory outside guest RAM.
 
+pub mod io;
 pub mod victim;
 
 use std::collections::BTreeMap;

@@ -65,9 +65,44 @@ impl fmt::Display for Spread {
     }
 }
 
+/// What one operation takes on average, or at a percentile. Less is better.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cost {
+    /// Without a blank or `=`.
+    pub name: String,
+    pub nanos: u64,
+}
+
+impl Cost {
+    /// What [`Display`](fmt::Display) writes; `None` for any other text.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (name, value) = text.split_once(' ')?;
+        Some(Self {
+            name: name.to_owned(),
+            nanos: value.strip_prefix("ns=")?.parse().ok()?,
+        })
+    }
+}
+
+impl fmt::Display for Cost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ns={}", self.name, self.nanos)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cost_is_read_as_it_was_written() {
+        let cost = Cost {
+            name: "randread-4k".to_owned(),
+            nanos: 17,
+        };
+        assert_eq!(Cost::parse(&cost.to_string()), Some(cost));
+        assert_eq!(Cost::parse("randread-4k ns=x"), None);
+    }
 
     #[test]
     fn a_line_is_read_as_it_was_written() {

@@ -57,6 +57,10 @@ enum Task {
 enum Bench {
     /// Time from exec to the guest's /init and memory outside guest RAM, against QEMU's microvm
     Boot(bench::Args),
+    /// Requests to a disk, in Linux's own driver: under each discipline, and in QEMU over the same file
+    Disk(bench::io::Args),
+    /// The same of a network: over the same tap
+    Net(bench::io::Args),
     /// A hundred million asks from many senders under every placement: none lost, none doubled
     Stress,
     /// Stock Linux on one device while its other CPU is on one that blocks, under each discipline of dispatch
@@ -84,6 +88,8 @@ fn run(task: Task) -> Result<bool> {
         Task::Fuzz(args) => fuzz::run(&args),
         Task::Symbols(args) => names::run(&args),
         Task::Bench(Bench::Boot(args)) => bench::run(&args),
+        Task::Bench(Bench::Disk(args)) => bench::io::run(bench::io::Device::Disk, &args),
+        Task::Bench(Bench::Net(args)) => bench::io::run(bench::io::Device::Net, &args),
         Task::Bench(Bench::Stress) => bench::stress(),
         Task::Bench(Bench::Victim(args)) => bench::victim::run(&args),
     }

@@ -8,6 +8,8 @@
 
 mod bench;
 mod host;
+mod io_bench;
+mod io_meter;
 mod port_meter;
 mod report;
 mod run;
@@ -72,6 +74,7 @@ fn symbols() -> Result<()> {
 /// What else this program is, by the name it was called by, inside a guest or in the emulated host.
 fn by_name(name: &str) -> Option<fn() -> Result<()>> {
     match name {
+        "io-meter" => Some(io_meter::main),
         "port-meter" => Some(port_meter::main),
         "vsock-peer" => Some(vsock_peer::main),
         "symbols" => Some(symbols),
@@ -101,6 +104,7 @@ fn jobs(report: &Report) -> Result<()> {
                 run::scenario(scenario, &options, report);
             }
             "bench" => bench::boot(rest, report)?,
+            "io" => io_bench::run(rest, report)?,
             _ => bail!("the plan has an unknown line: {line}"),
         }
     }
