@@ -5,6 +5,7 @@
 //! lets through has at most as many descriptors as the queue, readable ones first, and ends. Addresses are not checked
 //! here: guest memory is asked with every access, and refuses what is outside.
 
+use super::straight::Pieces;
 use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -155,13 +156,41 @@ impl Chain {
     }
 }
 
+impl Chain {
+    /// Where what the driver gave is: `length` bytes from `offset` of it.
+    ///
+    /// # Errors
+    /// [`Fault`].
+    pub fn given<'a>(
+        &self,
+        memory: &'a GuestMemoryMmap,
+        offset: u64,
+        length: usize,
+    ) -> Result<Pieces<'a>, Fault> {
+        Pieces::of(memory, &self.readable, offset, length)
+    }
+
+    /// Where the driver has room: `length` bytes from `offset` of it.
+    ///
+    /// # Errors
+    /// [`Fault`].
+    pub fn room<'a>(
+        &self,
+        memory: &'a GuestMemoryMmap,
+        offset: u64,
+        length: usize,
+    ) -> Result<Pieces<'a>, Fault> {
+        Pieces::of(memory, &self.writable, offset, length)
+    }
+}
+
 fn total(segments: &[Segment]) -> u64 {
     // 32768 segments of 4 GiB do not overflow.
     segments.iter().map(|segment| u64::from(segment.bytes)).sum()
 }
 
 /// Calls `copy` for each part of `length` bytes from `offset`.
-fn each(
+pub(super) fn each(
     segments: &[Segment],
     mut offset: u64,
     length: usize,

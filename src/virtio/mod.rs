@@ -14,6 +14,7 @@
 //! | virtio-pci: a function of [`crate::pci`]'s bus | `pci/` |
 //! | a queue's actor | `queue.rs` |
 //! | who may touch guest memory, and how it is taken back | `lease.rs` |
+//! | bytes straight between a file and guest memory | `straight.rs` |
 //! | rate limits, around any handler | `limit.rs` |
 //! | descriptor chains from a guest, and back | `chain.rs`, `used.rs` |
 //! | interrupts that queues' actors raise themselves | `interrupt.rs` |
@@ -42,6 +43,7 @@ pub mod pci;
 pub mod queue;
 pub mod registers;
 pub mod rng;
+pub mod straight;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod subjects;
 #[cfg(any(test, fuzzing))]

@@ -16,6 +16,7 @@ use super::chain::{Chain, Fault, Malformed};
 use super::complaints::Complaints;
 use super::interrupt::Interrupter;
 use super::lease::{Epoch, Lessee, Lessor, Refused, Touch, lease};
+use super::straight::Pieces;
 use super::used::{give_back, put_back};
 use super::{BackendEvent, BackendNews, CHUNK_BYTES, Queues};
 use crate::actors::{Rank, RankGuard};
@@ -193,6 +194,37 @@ impl Request<'_> {
     pub fn store_from(&self, offset: u64, bytes: &[u8]) -> Result<Result<(), Fault>, Interruption> {
         let _touch = self.guest.touch(self.epoch)?;
         Ok(self.chain.store(&self.guest.memory, offset, bytes))
+    }
+
+    /// Has `transfer` take `length` bytes of what the driver gave from where they are, in one touch: it must not wait for
+    /// anything but memory ([`super::straight`]). Returns how many it took. `Ok(Err)`: they cannot be read.
+    ///
+    /// # Errors
+    /// [`Interruption::Gone`].
+    pub fn take_straight(
+        &self,
+        offset: u64,
+        length: usize,
+        transfer: impl FnOnce(&Pieces<'_>) -> usize,
+    ) -> Result<Result<usize, Fault>, Interruption> {
+        let _touch = self.guest.touch(self.epoch)?;
+        let given = self.chain.given(&self.guest.memory, offset, length);
+        Ok(given.map(|given| transfer(&given)))
+    }
+
+    /// The same of bytes to where the driver has room.
+    ///
+    /// # Errors
+    /// [`Interruption::Gone`].
+    pub fn give_straight(
+        &self,
+        offset: u64,
+        length: usize,
+        transfer: impl FnOnce(&Pieces<'_>) -> usize,
+    ) -> Result<Result<usize, Fault>, Interruption> {
+        let _touch = self.guest.touch(self.epoch)?;
+        let room = self.chain.room(&self.guest.memory, offset, length);
+        Ok(room.map(|room| transfer(&room)))
     }
 
     /// Copies the first `length` bytes of the buffer from what the driver gave. `Ok(Err)`: it cannot be read.

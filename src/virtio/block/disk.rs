@@ -3,6 +3,7 @@
 use super::config::{DiskConfig, Format};
 use super::image::{Image, ImageError};
 use super::qcow2::Qcow2;
+use crate::virtio::straight::Ways;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -65,6 +66,15 @@ impl Disk {
         match self {
             Disk::Raw(image) => image.path(),
             Disk::Qcow2(image) => image.path(),
+        }
+    }
+
+    /// The image, if there is any point in asking it for what need not wait.
+    pub fn at_once(&self, write: bool) -> Option<&Image> {
+        match (self, write) {
+            (Disk::Raw(image), false) if image.ways() != Ways::None => Some(image),
+            (Disk::Raw(image), true) if image.ways() == Ways::All => Some(image),
+            _ => None,
         }
     }
 

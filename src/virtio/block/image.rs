@@ -13,6 +13,7 @@
 use super::SECTOR_BYTES;
 use super::config::{DiskConfig, Format};
 use super::qcow2::header::{Flaw, MAGIC};
+use crate::virtio::straight::{Pieces, Ways};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
 use std::fmt;
@@ -108,6 +109,8 @@ pub struct Image {
     path: PathBuf,
     sectors: u64,
     read_only: bool,
+    /// What need not wait for the host's disk.
+    ways: Ways,
     /// A flush has failed: see the module above.
     flush_failed: AtomicBool,
 }
@@ -142,6 +145,7 @@ impl Image {
             return Err(Problem::Size(bytes));
         }
         Ok(Image {
+            ways: Ways::of(&file),
             file,
             path: config.path.clone(),
             sectors: bytes / SECTOR_BYTES,
@@ -152,8 +156,9 @@ impl Image {
 
     /// Around a file as it is.
     #[cfg(test)]
-    pub(crate) fn for_test(file: File, sectors: u64) -> Image {
+    pub(crate) fn for_test(file: File, sectors: u64, ways: Ways) -> Image {
         Image {
+            ways,
             file,
             path: "test".into(),
             sectors,
@@ -175,6 +180,21 @@ impl Image {
     /// For the log.
     pub fn path(&self) -> &std::path::Path {
         &self.path
+    }
+
+    /// Which transfers of it need not wait for the host's disk.
+    pub fn ways(&self) -> Ways {
+        self.ways
+    }
+
+    /// Reads what can be had without a wait from `offset`. Returns bytes; see [`Ways::read`].
+    pub fn read_now(&self, offset: u64, to: &Pieces<'_>) -> usize {
+        self.ways.read(&self.file, offset, to)
+    }
+
+    /// Writes what can be written without a wait at `offset`. Returns bytes; see [`Ways::write`].
+    pub fn write_now(&self, offset: u64, from: &Pieces<'_>) -> usize {
+        self.ways.write(&self.file, offset, from)
     }
 
     /// Reads all of `bytes` from `offset`.

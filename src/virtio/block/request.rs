@@ -211,6 +211,16 @@ impl Block {
         let mut done = 0;
         while done < bytes {
             let part = (bytes - done).min(CHUNK_BYTES as u64) as usize;
+            if let Some(image) = self.disk.at_once(false) {
+                match request.give_straight(done, part, |room| image.read_now(offset + done, room))? {
+                    Ok(0) => {}
+                    Ok(read) => {
+                        done += read as u64;
+                        continue;
+                    }
+                    Err(_) => return Ok((Status::IoError, done)),
+                }
+            }
             if let Err(error) = self.disk.read(offset + done, &mut request.buffer[..part]) {
                 return Ok((self.refused("read from it", &error), done));
             }
@@ -226,6 +236,17 @@ impl Block {
         let mut done = 0;
         while done < bytes {
             let part = (bytes - done).min(CHUNK_BYTES as u64) as usize;
+            if let Some(image) = self.disk.at_once(true) {
+                let from = HEADER_BYTES + done;
+                match request.take_straight(from, part, |given| image.write_now(offset + done, given))? {
+                    Ok(0) => {}
+                    Ok(written) => {
+                        done += written as u64;
+                        continue;
+                    }
+                    Err(_) => return Ok(Status::IoError),
+                }
+            }
             if request.load(HEADER_BYTES + done, part)?.is_err() {
                 return Ok(Status::IoError);
             }
@@ -341,6 +362,7 @@ mod tests {
     use crate::virtio::block::DiskConfig;
     use crate::virtio::block::image::Image;
     use crate::virtio::block::testing::Scratch;
+    use crate::virtio::straight::Ways;
     use crate::virtio::testing::{Outcome, R, Rig, W};
     use slog::o;
     use std::fs::File;
@@ -562,29 +584,74 @@ mod tests {
         }
     }
 
+    const ALL_WAYS: [Ways; 3] = [Ways::None, Ways::CachedReads, Ways::All];
+
+    /// A disk whose transfers go as said.
+    fn rig(file: File, sectors: u64, ways: Ways, log: Logger) -> Rig {
+        let image = Image::for_test(file, sectors, ways);
+        Rig::new(Box::new(Block::new(Disk::Raw(Arc::new(image)), "", log)))
+    }
+
     #[test]
-    fn a_transfer_of_many_chunks_is_whole() {
+    fn a_transfer_of_many_chunks_and_pieces_is_whole_by_any_way() {
         let bytes = CHUNK_BYTES * 2 + 4096;
-        let file = Scratch::new(&(0..bytes).map(|at| (at / 512) as u8).collect::<Vec<_>>());
-        let disk = open(&file.config(false));
-        let log = Logger::root(slog::Discard, o!());
-        let mut rig = Rig::new(Box::new(Block::new(disk, "", log)));
-        put(&rig, spec::VIRTIO_BLK_T_IN, 0);
-        let place = 0x1_0000;
-        let outcome = rig.request(&[R(HEADER, 16), W(place, bytes as u32), W(STATUS, 1)]);
-        assert_eq!((outcome, status(&rig)), (Outcome::Used(bytes as u32 + 1), 0));
-        assert_eq!(rig.read(place, bytes), std::fs::read(&file.0).unwrap());
-        rig.write(place, &vec![0x5a; bytes]);
-        put(&rig, spec::VIRTIO_BLK_T_OUT, 0);
-        rig.request(&[R(HEADER, 16), R(place, bytes as u32), W(STATUS, 1)]);
-        assert_eq!(std::fs::read(&file.0).unwrap(), vec![0x5a; bytes]);
+        let before: Vec<u8> = (0..bytes).map(|at| (at / 512) as u8).collect();
+        for ways in ALL_WAYS {
+            let scratch = Scratch::new(&before);
+            let file = File::options().read(true).write(true).open(&scratch.0).unwrap();
+            let log = Logger::root(slog::Discard, o!());
+            let mut rig = rig(file, bytes as u64 / 512, ways, log);
+            put(&rig, spec::VIRTIO_BLK_T_IN, 0);
+            let place = 0x1_0000;
+            // More pieces than go straight at once, then a large one; one behind the other, so that they read as one.
+            let (small, count) = (100, 90);
+            let rest = (bytes - small * count) as u32;
+            let pieces = |make: fn(u64, u32) -> crate::virtio::testing::Buffer| {
+                let pieces = (0..count).map(move |n| make(place + (n * small) as u64, small as u32));
+                pieces.chain([make(place + (count * small) as u64, rest)])
+            };
+            let room: Vec<_> = std::iter::once(R(HEADER, 16))
+                .chain(pieces(W))
+                .chain([W(STATUS, 1)])
+                .collect();
+            assert_eq!(rig.request(&room), Outcome::Used(bytes as u32 + 1), "{ways:?}");
+            assert_eq!(status(&rig), 0);
+            assert!(rig.read(place, bytes) == before, "{ways:?}");
+            rig.write(place, &vec![0x5a; bytes]);
+            put(&rig, spec::VIRTIO_BLK_T_OUT, 0);
+            let given: Vec<_> = std::iter::once(R(HEADER, 16))
+                .chain(pieces(R))
+                .chain([W(STATUS, 1)])
+                .collect();
+            assert_eq!(rig.request(&given), Outcome::Used(1), "{ways:?}");
+            assert_eq!(status(&rig), 0);
+            assert!(
+                std::fs::read(&scratch.0).unwrap() == vec![0x5a; bytes],
+                "{ways:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_file_that_was_cut_short_is_an_io_error_by_any_way() {
+        for ways in ALL_WAYS {
+            let scratch = Scratch::new(&[1; 1024]);
+            let file = File::options().read(true).write(true).open(&scratch.0).unwrap();
+            let (log, lines) = crate::virtio::testing::kept_log();
+            let mut rig = rig(file, 16, ways, log);
+            put(&rig, spec::VIRTIO_BLK_T_IN, 1);
+            let outcome = rig.request(&[R(HEADER, 16), W(DATA, 1024), W(STATUS, 1)]);
+            assert!(matches!(outcome, Outcome::Used(_)), "{ways:?}");
+            assert_eq!(status(&rig), Status::IoError as u8, "{ways:?}");
+            assert!(lines.recv().unwrap().contains("cannot read from it"), "{ways:?}");
+        }
     }
 
     #[test]
     fn after_a_flush_that_failed_none_succeeds() {
         // What cannot be synchronized at all stands for a disk that has lost something.
         let null = File::options().read(true).write(true).open("/dev/null").unwrap();
-        let mut disk = Disk::Raw(Arc::new(Image::for_test(null, 16)));
+        let mut disk = Disk::Raw(Arc::new(Image::for_test(null, 16, Ways::None)));
         assert!(disk.flush().is_err());
         let (log, lines) = crate::virtio::testing::kept_log();
         let mut rig = Rig::new(Box::new(Block::new(disk, "", log)));
@@ -598,9 +665,8 @@ mod tests {
     fn a_full_host_is_an_io_error_and_says_so() {
         // A device that is always full stands for the host's disk.
         let full = File::options().read(true).write(true).open("/dev/full").unwrap();
-        let disk = Disk::Raw(Arc::new(Image::for_test(full, 16)));
         let (log, lines) = crate::virtio::testing::kept_log();
-        let mut rig = Rig::new(Box::new(Block::new(disk, "", log)));
+        let mut rig = rig(full, 16, Ways::All, log);
         for _ in 0..20 {
             put(&rig, spec::VIRTIO_BLK_T_OUT, 0);
             assert_eq!(
