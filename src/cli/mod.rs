@@ -22,6 +22,7 @@ use crate::virtio::balloon::BalloonConfig;
 use crate::virtio::block::DiskConfig;
 use crate::virtio::config::VirtioConfig;
 use crate::virtio::net::NetConfig;
+use crate::virtio::share::ShareConfig;
 use crate::virtio::vsock::VsockConfig;
 use crate::virtio::{Notify, Transport};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
@@ -128,6 +129,10 @@ struct Run {
     /// often it is asked for its figures); its size is changed by `actor-vmm ctl PATH balloon SIZE`
     #[arg(long, value_name = "size=SIZE,…", num_args = 0..=1, require_equals = false, default_missing_value = "")]
     balloon: Option<BalloonConfig>,
+    /// A shared folder: tag=NAME (by which the guest mounts it, `mount -t virtiofs NAME /mnt`), path=DIR, and what else
+    /// of sandbox=namespace|chroot (how virtiofsd is locked in), cache=auto|always|none; may be repeated
+    #[arg(long, value_name = "tag=NAME,path=DIR,…")]
+    share: Vec<ShareConfig>,
     /// How drivers find virtio devices: mmio (a page of registers each, described by ACPI), or pci (a bus)
     #[arg(long, value_name = "TRANSPORT", default_value = "mmio")]
     transport: Transport,
@@ -147,8 +152,8 @@ struct Run {
     /// Makes a Unix socket by which the machine can be controlled; see `actor-vmm ctl`
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
-    /// A machine in a TOML file, whose keys are these flags without the dashes: [[disk]], [[net]], [vsock] and [balloon]
-    /// are tables. What is there in a list is added to; all else may be in one of the two
+    /// A machine in a TOML file, whose keys are these flags without the dashes: [[disk]], [[net]], [[share]], [vsock]
+    /// and [balloon] are tables. What is there in a list is added to; all else may be in one of the two
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Prints the machine as a file for --config, with all that is so by default, and starts nothing
@@ -280,6 +285,7 @@ impl Run {
                 rng: self.rng,
                 vsock: self.vsock.clone(),
                 balloon: self.balloon.clone(),
+                shares: self.share.clone(),
                 console: consoles.virtio,
                 transport: self.transport,
                 notify: self.notify,
@@ -333,6 +339,7 @@ impl Run {
             ("net", config::items_of(&self.net)),
             ("vsock", config::items_of(&self.vsock)),
             ("balloon", config::items_of(&self.balloon)),
+            ("share", config::items_of(&self.share)),
         ]
     }
 

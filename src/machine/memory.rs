@@ -41,7 +41,7 @@ const FREE_HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hu
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Backing {
     /// [`Backing::Memfd`] where the host gives transparent huge pages to shared memory, else [`Backing::Anonymous`]:
-    /// a guest on small pages boots a third slower, and no device shares memory unless a user asks for one that does.
+    /// a guest on small pages boots a third slower, and no device shares guest memory.
     #[default]
     Auto,
     /// One memfd: can be shared with other processes. Transparent huge pages where the host offers them for shared

@@ -36,6 +36,9 @@ pub enum Malformed {
     /// The request cannot be read.
     #[error("a request that is too short or outside memory")]
     NoRequest,
+    /// More bytes than any driver by the book has for one request.
+    #[error("a request larger than the device takes")]
+    TooLarge,
 }
 
 /// An access that the chain or guest memory does not have.

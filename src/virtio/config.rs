@@ -10,6 +10,7 @@ use super::net::{self, Link, Mac, NetConfig, NetError};
 use super::queue::Handler;
 use super::registers::Identity;
 use super::rng::{self, Rng};
+use super::share::{self, ShareConfig, ShareError};
 use super::vsock::{self, VsockConfig, VsockError};
 use super::{Notify, Transport};
 use crate::host::console::ConsoleKind;
@@ -33,6 +34,8 @@ pub struct VirtioConfig {
     pub vsock: Option<VsockConfig>,
     /// A balloon.
     pub balloon: Option<BalloonConfig>,
+    /// Shared folders.
+    pub shares: Vec<ShareConfig>,
     /// Where a console goes.
     pub console: Option<ConsoleKind>,
     /// How drivers get at them.
@@ -46,7 +49,7 @@ pub struct VirtioConfig {
 pub enum VirtioError {
     /// Too many.
     #[error(
-        "{wanted} virtio devices (--disk, --net, --rng, --vsock, --balloon, --console virtio) are more than a machine can have ({MAX_DEVICES})"
+        "{wanted} virtio devices (--disk, --net, --rng, --vsock, --balloon, --share, --console virtio) are more than a machine can have ({MAX_DEVICES})"
     )]
     TooMany {
         /// As asked for.
@@ -64,6 +67,12 @@ pub enum VirtioError {
     /// A balloon's timer.
     #[error("--balloon: the host gives no timer")]
     Balloon(#[source] io::Error),
+    /// A shared folder.
+    #[error(transparent)]
+    Share(#[from] ShareError),
+    /// Two of one tag.
+    #[error("--share tag={0}: two shared folders cannot have the same name for the guest")]
+    SameTag(String),
     /// A console's eventfds.
     #[error("--console virtio: the host gives no descriptors for it")]
     Console(#[source] io::Error),
@@ -88,9 +97,11 @@ impl VirtioError {
             VirtioError::TooMany { .. }
             | VirtioError::Image(_)
             | VirtioError::SameTap(_)
-            | VirtioError::SameMac(_) => true,
+            | VirtioError::SameMac(_)
+            | VirtioError::SameTag(_) => true,
             VirtioError::Net(error) => error.is_bad_input(),
             VirtioError::Vsock(error) => error.is_bad_input(),
+            VirtioError::Share(error) => error.is_bad_input(),
             VirtioError::Random(_)
             | VirtioError::Balloon(_)
             | VirtioError::Console(_)
@@ -108,6 +119,10 @@ const NET_NAMES: [&str; MAX_DEVICES] = [
     "net0", "net1", "net2", "net3", "net4", "net5", "net6", "net7", "net8", "net9", "net10", "net11",
     "net12", "net13", "net14", "net15",
 ];
+const SHARE_NAMES: [&str; MAX_DEVICES] = [
+    "share0", "share1", "share2", "share3", "share4", "share5", "share6", "share7", "share8", "share9",
+    "share10", "share11", "share12", "share13", "share14", "share15",
+];
 const RNG_NAME: &str = "rng0";
 const VSOCK_NAME: &str = "vsock0";
 const BALLOON_NAME: &str = "balloon0";
@@ -122,14 +137,15 @@ impl VirtioConfig {
         let vsock = self.vsock.is_some().then_some(VSOCK_NAME);
         let balloon = self.balloon.is_some().then_some(BALLOON_NAME);
         let console = self.console.is_some().then_some(CONSOLE_NAME);
-        let others = [rng, vsock, balloon, console];
-        disks.chain(nets).chain(others.into_iter().flatten()).collect()
+        let shares = SHARE_NAMES.into_iter().take(self.shares.len());
+        let others = [rng, vsock, balloon, console].into_iter().flatten();
+        disks.chain(nets).chain(others).chain(shares).collect()
     }
 
     /// What contradicts itself.
     ///
     /// # Errors
-    /// [`VirtioError::TooMany`], [`VirtioError::SameTap`], [`VirtioError::SameMac`].
+    /// [`VirtioError::TooMany`], [`VirtioError::SameTap`], [`VirtioError::SameMac`], [`VirtioError::SameTag`].
     pub fn check(&self) -> Result<(), VirtioError> {
         let others = [
             self.rng,
@@ -138,7 +154,7 @@ impl VirtioConfig {
             self.console.is_some(),
         ];
         let others = others.into_iter().filter(|wanted| *wanted).count();
-        let wanted = self.disks.len() + self.nets.len() + others;
+        let wanted = self.disks.len() + self.nets.len() + self.shares.len() + others;
         if wanted > MAX_DEVICES {
             return Err(VirtioError::TooMany { wanted });
         }
@@ -153,6 +169,11 @@ impl VirtioConfig {
                 if let Some(mac) = net.mac.filter(|_| net.mac == other.mac) {
                     return Err(VirtioError::SameMac(mac));
                 }
+            }
+        }
+        for (number, share) in self.shares.iter().enumerate() {
+            if self.shares[..number].iter().any(|other| other.tag == share.tag) {
+                return Err(VirtioError::SameTag(share.tag.clone()));
             }
         }
         Ok(())
@@ -230,6 +251,15 @@ impl VirtioConfig {
                 ..Opened::bare()
             });
         }
+        for (name, config) in SHARE_NAMES.into_iter().zip(&self.shares) {
+            let share = share::open(name, config, log)?;
+            opened.push(Opened {
+                name,
+                identity: share.identity,
+                handlers: share.handlers,
+                ..Opened::bare()
+            });
+        }
         Ok(opened)
     }
 }
@@ -283,11 +313,28 @@ mod tests {
         let error = config.open(&log).map(|_| ()).unwrap_err().to_string();
         assert!(
             error.starts_with(
-                "17 virtio devices (--disk, --net, --rng, --vsock, --balloon, --console virtio)"
+                "17 virtio devices (--disk, --net, --rng, --vsock, --balloon, --share, --console virtio)"
             ),
             "{error}"
         );
         assert_eq!(config.names().len(), MAX_DEVICES + 1);
+    }
+
+    #[test]
+    fn two_folders_cannot_share_a_tag() {
+        let shares = |tags: [&str; 2]| VirtioConfig {
+            shares: tags
+                .map(|tag| format!("tag={tag},path=/").parse().unwrap())
+                .into(),
+            ..VirtioConfig::default()
+        };
+        let error = shares(["a", "a"]).check().unwrap_err();
+        assert!(
+            error.is_bad_input() && error.to_string().contains("--share tag=a: two"),
+            "{error}"
+        );
+        assert!(shares(["a", "b"]).check().is_ok());
+        assert_eq!(shares(["a", "b"]).names(), ["share0", "share1"]);
     }
 
     #[test]

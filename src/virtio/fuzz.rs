@@ -98,6 +98,11 @@ pub fn console(input: &[u8]) {
     queue(subjects::console, input);
 }
 
+/// A shared folder's.
+pub fn share(input: &[u8]) {
+    queue(subjects::folder, input);
+}
+
 /// A driver that does with a queue, chosen by the first byte, what the others say.
 fn queue(device: fn() -> Vec<Subject>, input: &[u8]) {
     let mut input = Bytes(input);
@@ -262,7 +267,7 @@ mod tests {
     #[test]
     fn every_target_has_a_file_and_survives_noise() {
         type Target = fn(&[u8]);
-        let targets: [(&str, Target); 8] = [
+        let targets: [(&str, Target); 9] = [
             ("balloon", balloon),
             ("blk", blk),
             ("console", console),
@@ -270,6 +275,7 @@ mod tests {
             ("net", net),
             ("pci", pci),
             ("rng", rng),
+            ("share", share),
             ("vsock", vsock),
         ];
         let files = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/fuzz_targets");

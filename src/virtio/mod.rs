@@ -18,7 +18,8 @@
 //! | rate limits, around any handler | `limit.rs` |
 //! | descriptor chains from a guest, and back | `chain.rs`, `used.rs` |
 //! | interrupts that queues' actors raise themselves | `interrupt.rs` |
-//! | the devices | `rng.rs`, `block/`, `net/`, `vsock/`, `balloon/`, `console/` |
+//! | the devices | `rng.rs`, `block/`, `net/`, `vsock/`, `balloon/`, `console/`, `share/` |
+//! | a program beside us that serves one | `program.rs` |
 //! | what the user says, and what is opened for it | `config.rs`, `keys.rs` |
 //!
 //! [VIRTIO 1.2] is <https://docs.oasis-open.org/virtio/virtio/v1.2/virtio-v1.2.html>.
@@ -40,9 +41,11 @@ pub mod limit;
 pub mod mmio;
 pub mod net;
 pub mod pci;
+pub mod program;
 pub mod queue;
 pub mod registers;
 pub mod rng;
+pub mod share;
 pub mod straight;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod subjects;

@@ -12,6 +12,7 @@ use super::net::receive::Receive;
 use super::net::transmit::Transmit;
 use super::queue::Handler;
 use super::rng::Rng;
+use super::share;
 use super::testing::{LIMIT, Outcome, R, Rig, W};
 use super::vsock;
 use slog::{Logger, o};
@@ -34,7 +35,7 @@ pub struct Subject {
 
 /// All of them.
 pub fn subjects() -> Vec<Subject> {
-    let devices = [disk, entropy, network, socket, balloon, console];
+    let devices = [disk, entropy, network, socket, balloon, console, folder];
     devices.into_iter().flat_map(|queues| queues()).collect()
 }
 
@@ -212,4 +213,29 @@ pub fn console() -> Vec<Subject> {
         kept: Box::new(reader),
     };
     vec![receive, transmit]
+}
+
+/// A shared folder's.
+pub fn folder() -> Vec<Subject> {
+    let subject = |(number, name)| {
+        let (_, mut handlers, _) = share::testing::opened(quiet(), share::testing::echo);
+        Subject {
+            name,
+            handler: handlers.remove(number),
+            probe: Box::new(|rig: &mut Rig| {
+                rig.write(0x5000, &share::testing::request(1, &[7; 8]));
+                let outcome = rig.request(&[R(0x5000, 48), W(0x6000, 100)]);
+                assert_eq!(rig.read(0x6010, 8), [7; 8]);
+                outcome
+            }),
+            served: Outcome::Used(24),
+            // With the one for requests the other side ends.
+            kept: Box::new(handlers),
+        }
+    };
+    ["share urgent", "share requests"]
+        .into_iter()
+        .enumerate()
+        .map(subject)
+        .collect()
 }

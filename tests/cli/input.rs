@@ -230,6 +230,14 @@ fn disks_that_cannot_be_are_refused_before_anything_is_made() {
         ),
         ("--vsock cid=3,uds=disk", &["--vsock uds=disk", "no socket"]),
         (
+            "--share tag=a,path=disk",
+            &["--share path=disk", "not a directory"],
+        ),
+        (
+            "--share tag=a,path=. --share tag=a,path=/",
+            &["--share tag=a", "two shared folders"],
+        ),
+        (
             "--memory 64M --balloon size=64M",
             &["--balloon size=67108864", "less than the guest's memory"],
         ),
@@ -256,6 +264,8 @@ fn disks_that_cannot_be_are_refused_before_anything_is_made() {
             &["--balloon", "size=1000", "multiple of 4096"],
         ),
         ("--vsock uds=v", &["--vsock", "'cid' is missing"]),
+        ("--share tag=,path=.", &["--share", "tag=", "1 to 36 bytes"]),
+        ("--share path=.", &["--share", "'tag' is missing"]),
         ("--notify pigeon", &["--notify", "eventfd and message"]),
     ] {
         assert_usage(&place.run(&format!("run --kernel k {words}")), said);
@@ -273,6 +283,7 @@ fn a_path_that_cannot_be_is_the_users_mistake_whatever_it_is_for() {
         ("--kernel k --initrd {}", false),
         ("--kernel k --disk path={}", false),
         ("--kernel k --vsock cid=3,uds={}", false),
+        ("--kernel k --share tag=a,path={}", false),
         ("--kernel k --gdb {}", false),
         ("--kernel k --control {}", true),
         ("--kernel k --console file:{}", true),

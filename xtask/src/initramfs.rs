@@ -9,11 +9,11 @@ use anyhow::{Context, Result, ensure};
 use harness::cpio::Archive;
 
 use crate::kernel::Kernel;
-use crate::process;
+use crate::{process, setup};
 
 pub const BUSYBOX: &str = "/bin/busybox";
 /// What a guest may load: panics are told to the VMM through pvpanic; virtio's transports and devices.
-const GUEST_MODULES: [&str; 9] = [
+const GUEST_MODULES: [&str; 10] = [
     "pvpanic_mmio",
     "virtio_mmio",
     "virtio_pci",
@@ -23,6 +23,7 @@ const GUEST_MODULES: [&str; 9] = [
     "vmw_vsock_virtio_transport",
     "virtio_balloon",
     "virtio_console",
+    "virtiofs",
 ];
 /// KVM for AMD processors, which is what QEMU can emulate; taps, and an interface that leads nowhere; a disk.
 const HOST_MODULES: [&str; 5] = ["kvm_amd", "tun", "dummy", "virtio_pci", "virtio_blk"];
@@ -90,6 +91,11 @@ pub fn host(kernel: &Kernel, with_qemu: bool) -> Result<Vec<u8>> {
     archive.symlink("bin/vsock-peer", "../init");
     let passt = Path::new("/usr/bin/passt");
     with_libraries(&mut archive, passt, &inside(passt))?;
+    // A release of Debian has one of the two.
+    let daemons = setup::VIRTIOFSD.map(Path::new).into_iter();
+    for daemon in daemons.filter(|path| path.exists()) {
+        with_libraries(&mut archive, daemon, &inside(daemon))?;
+    }
     if with_qemu {
         qemu(&mut archive)?;
     }

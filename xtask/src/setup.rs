@@ -29,15 +29,23 @@ const NEEDED: [(&str, &str); 10] = [
     ("/sbin/mke2fs", "e2fsprogs"),
 ];
 
+/// Where virtiofsd is: a part of QEMU until Debian 12, and a program of its own since.
+pub const VIRTIOFSD: [&str; 2] = ["/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd"];
+const VIRTIOFSD_PACKAGES: [&str; 2] = ["qemu-system-common", "virtiofsd"];
+
 const APT_LIMIT: Duration = Duration::from_secs(600);
 
 pub fn run(args: &Args) -> Result<()> {
     ensure!(cfg!(target_arch = "x86_64"), "this needs an x86-64 machine");
-    let missing: Vec<_> = NEEDED
+    let mut missing: Vec<_> = NEEDED
         .iter()
         .filter(|(file, _)| !Path::new(file).exists())
         .map(|(_, p)| *p)
         .collect();
+    if !VIRTIOFSD.iter().any(|file| Path::new(file).exists()) {
+        let its_own = known(VIRTIOFSD_PACKAGES[1]);
+        missing.push(VIRTIOFSD_PACKAGES[usize::from(its_own)]);
+    }
     if !missing.is_empty() {
         install(&missing)?;
     }

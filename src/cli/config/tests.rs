@@ -90,11 +90,14 @@ fn a_file_says_the_same_as_flags() {
         user = true
         tcp = "2222:22,80"
         [balloon]
+        [[share]]
+        tag = "home"
+        path = "/a,b"
     "#;
     let mut flags = words(
         "--kernel k --cpus 2 --memory 1G --timeout 2.5 --rng --transport pci --on-reset reset --placement rtc=pool \
          --placement blk0=thread --vsock cid=3,uds=/run/v --disk path=a,,b,ro --disk path=c,format=qcow2,rate=10M --net \
-         user,tcp=2222:22,,80 --balloon",
+         user,tcp=2222:22,,80 --balloon --share tag=home,path=/a,,b",
     );
     flags.extend(["--cmdline".into(), "root=/dev/vda quiet".into()]);
     let (run, _) = run(&flags).unwrap();
@@ -172,6 +175,7 @@ fn mistakes_are_told_with_their_place() {
         ("vsock = true", "vsock: it is a table, as [vsock]"),
         ("[vsock]\ncid = 1\nuds = 'u'", "vsock.cid: cid=1: "),
         ("[balloon]\nsize = 1000", "balloon.size: size=1000: "),
+        ("[[share]]\npath = 'a'", "share[0].tag: a shared folder needs"),
         ("a = 1\nb = = 2", "line 2: "),
         ("cpus = 1\ncpus = 2", "line 2: "),
     ] {
@@ -271,10 +275,20 @@ fn machine() -> impl Strategy<Value = Vec<String>> {
         ],
     );
     let balloon = device("balloon", &["size=64M", "stats=3"]);
-    (guest, scalars, disk, other, net, balloon).prop_map(|(guest, scalars, disk, other, net, balloon)| {
-        let texts = guest.into_iter().chain(scalars).map(str::to_owned);
-        texts.chain(disk).chain(other).chain(net).chain(balloon).collect()
-    })
+    let share = prop::sample::select(vec![None, Some("--share=tag=a b,path=/c,,d,cache=none")]);
+    let share = share.prop_map(|share| share.map(str::to_owned));
+    (guest, scalars, disk, other, net, balloon, share).prop_map(
+        |(guest, scalars, disk, other, net, balloon, share)| {
+            let texts = guest.into_iter().chain(scalars).map(str::to_owned);
+            texts
+                .chain(disk)
+                .chain(other)
+                .chain(net)
+                .chain(balloon)
+                .chain(share)
+                .collect()
+        },
+    )
 }
 
 fn printed(run: &super::super::Run, matches: &ArgMatches) -> String {

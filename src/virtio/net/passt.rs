@@ -8,25 +8,15 @@
 use super::Pair;
 use super::config::Ports;
 use super::stream::{StreamSink, StreamSource, Why};
-use nix::errno::Errno;
-use nix::fcntl::OFlag;
-use nix::poll::{PollFd, PollFlags, poll};
-use nix::unistd::pipe2;
-use std::fs::File;
-use std::io::{self, Read};
+use crate::virtio::program::Program;
+use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 const PROGRAM: &str = "passt";
-/// So long it may take to end after its socket was closed; it takes some milliseconds.
-const END_LIMIT: Duration = Duration::from_millis(300);
-/// Of what it says, so much is kept: the last word of one that goes wrong.
-const WORDS_BYTES: usize = 4096;
 
 /// Why there is no user-mode network.
 #[derive(Debug, thiserror::Error)]
@@ -62,110 +52,38 @@ pub fn start(mtu: Option<u16>, ports: &Ports) -> Result<Pair, PasstError> {
 fn start_command(mut command: Command) -> Result<Pair, PasstError> {
     let (ours, theirs) = UnixStream::pair().map_err(PasstError::Start)?;
     ours.set_nonblocking(true).map_err(PasstError::Start)?;
-    // Neither end blocks: one that says too much goes on, and we ask only when there is something.
-    let (words, mouth) =
-        pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|errno| PasstError::Start(errno.into()))?;
-    let inherited = theirs.as_raw_fd();
-    command.args(["--fd", &inherited.to_string()]);
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::from(mouth))
-        // What is typed at a terminal is not for it.
-        .process_group(0);
-    // SAFETY: between fork and exec one system call is made, which touches no memory.
-    unsafe {
-        command.pre_exec(move || {
-            Errno::result(libc::fcntl(inherited, libc::F_SETFD, 0))?;
-            Ok(())
-        });
-    }
-    let child = command.spawn().map_err(|error| match error.kind() {
+    command.args(["--fd", &theirs.as_raw_fd().to_string()]);
+    let program = Program::start(command, theirs.as_fd()).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => PasstError::NotInstalled,
         _ => PasstError::Start(error),
     })?;
-    // It alone has its end from here on; the command has a copy of its stderr.
-    drop((theirs, command));
+    // It alone has its end from here on.
+    drop(theirs);
     let stream = Arc::new(ours);
     let supervised = Supervised {
-        child,
-        words: File::from(words),
         stream: stream.clone(),
+        program,
     };
     let source = StreamSource::new(stream.clone(), supervised);
     Ok((Box::new(source), Box::new(StreamSink::new(stream))))
 }
 
-/// The process.
+/// The process, and its socket.
 struct Supervised {
-    child: Child,
-    /// What it says on its stderr. It ends when the process does.
-    words: File,
     stream: Arc<UnixStream>,
-}
-
-impl Supervised {
-    /// Waits until it has ended, which it does by itself. Returns the last of what it has said; `None`: it has not ended.
-    fn last_words(&mut self, limit: Duration) -> Option<String> {
-        let deadline = Instant::now() + limit;
-        let mut said = Vec::new();
-        let mut piece = [0; 512];
-        loop {
-            match self.words.read(&mut piece) {
-                Ok(0) => break,
-                Ok(bytes) => {
-                    said.extend_from_slice(&piece[..bytes]);
-                    let excess = said.len().saturating_sub(WORDS_BYTES);
-                    said.drain(..excess);
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    let left = deadline.saturating_duration_since(Instant::now());
-                    let mut polled = [PollFd::new(self.words.as_fd(), PollFlags::POLLIN)];
-                    let left = u16::try_from(left.as_millis()).unwrap_or(u16::MAX);
-                    if left == 0 || matches!(poll(&mut polled, left), Err(errno) if errno != Errno::EINTR) {
-                        return None;
-                    }
-                }
-                Err(_) => return None,
-            }
-        }
-        let said = String::from_utf8_lossy(&said);
-        let mut lines = said.lines().map(str::trim);
-        // Without a system logger it complains of that after each line.
-        let last = lines.rfind(|line| !line.is_empty() && !line.starts_with("Failed to send"));
-        let printable = |character: char| if character.is_control() { '.' } else { character };
-        Some(last.unwrap_or_default().chars().map(printable).collect())
-    }
+    program: Program,
 }
 
 impl Why for Supervised {
     fn why(&mut self) -> String {
-        let Some(words) = self.last_words(END_LIMIT) else {
-            return "it has closed its socket".into();
-        };
-        let status = match self.child.wait() {
-            Ok(status) => status.to_string(),
-            Err(error) => error.to_string(),
-        };
-        if words.is_empty() {
-            format!("it has ended: {status}")
-        } else {
-            format!("it has ended: {status}: {words}")
-        }
+        self.program.why()
     }
 }
 
 impl Drop for Supervised {
     fn drop(&mut self) {
-        if matches!(self.child.try_wait(), Ok(Some(_))) {
-            return;
-        }
+        // Before the program is waited for.
         let _ = self.stream.shutdown(Shutdown::Both);
-        if self.last_words(END_LIMIT).is_none() {
-            let _ = self.child.kill();
-        }
-        let _ = self.child.wait();
     }
 }
 
@@ -173,7 +91,9 @@ impl Drop for Supervised {
 mod tests {
     use super::*;
     use crate::virtio::net::Received;
+    use nix::poll::{PollFd, PollFlags, poll};
     use std::path::Path;
+    use std::time::{Duration, Instant};
 
     fn command(script: &str) -> Command {
         // Which knows descriptors of several digits.

@@ -7,6 +7,7 @@
 //! switches virtualization off on every CPU by an inter-processor call, and emulated hosts are known to hang in it.
 
 mod bench;
+mod file_exerciser;
 mod host;
 mod io_bench;
 mod io_meter;
@@ -75,6 +76,7 @@ fn symbols() -> Result<()> {
 fn by_name(name: &str) -> Option<fn() -> Result<()>> {
     match name {
         "io-meter" => Some(io_meter::main),
+        "file-exerciser" => Some(file_exerciser::main),
         "port-meter" => Some(port_meter::main),
         "vsock-peer" => Some(vsock_peer::main),
         "symbols" => Some(symbols),

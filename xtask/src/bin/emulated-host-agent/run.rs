@@ -18,7 +18,7 @@ use crate::{host, vmm};
 const WORK: &str = "/run/work";
 const CONSOLE: &str = "/run/work/console";
 /// A guest whose script calls one of these gets it. It is this program, by another name.
-const IN_GUEST: [&str; 3] = ["port-meter", "vsock-peer", "witness"];
+const IN_GUEST: [&str; 4] = ["file-exerciser", "port-meter", "vsock-peer", "witness"];
 const BASE_INITRD: &str = "/guest/base.cpio";
 /// How the titles of scripts' outputs begin.
 const SCRIPT: &str = "script ";
