@@ -28,7 +28,7 @@ pub fn start(config: &ShareConfig) -> io::Result<(Program, UnixStream)> {
     start_command(|fd| {
         if Path::new(NEW).exists() {
             let mut command = Command::new(NEW);
-            command.args(["--fd", fd, "--log-level", "error"]);
+            command.args([&format!("--fd={fd}"), "--log-level", "error"]);
             command.args(["--sandbox", &config.sandbox.to_string()]);
             // The same under another name.
             let cache = config.cache.to_string().replace("none", "never");
@@ -39,7 +39,8 @@ pub fn start(config: &ShareConfig) -> io::Result<(Program, UnixStream)> {
             command
         } else {
             let mut command = Command::new(OLD);
-            command.args(["-f", "--fd", fd, "-o", "log_level=err"]);
+            // It takes no space there.
+            command.args(["-f", &format!("--fd={fd}"), "-o", "log_level=err"]);
             command.args([
                 "-o",
                 &format!("sandbox={},cache={}", config.sandbox, config.cache),
