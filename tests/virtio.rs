@@ -9,6 +9,8 @@ mod console;
 mod driver;
 #[path = "virtio/machine.rs"]
 mod machine;
+#[path = "virtio/ports.rs"]
+mod ports;
 #[path = "virtio/vsock.rs"]
 mod vsock;
 

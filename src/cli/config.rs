@@ -20,7 +20,7 @@ use toml::{Table, Value};
 /// The largest file, bytes.
 const MOST_BYTES: u64 = 1 << 20;
 /// The keys whose values are keys again: tables in a file.
-const KEYED: [&str; 5] = ["disk", "net", "vsock", "balloon", "share"];
+const KEYED: [&str; 6] = ["disk", "net", "vsock", "balloon", "share", "port"];
 /// The flags that are none of a machine.
 const BESIDE: [&str; 3] = ["config", "dry_run", "help"];
 /// What belongs to a kernel, and is there by default.

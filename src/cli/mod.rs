@@ -21,6 +21,7 @@ use crate::machine::supervisor::{self, Guest, MAX_CPUS, MachineConfig, OnReset};
 use crate::virtio::balloon::BalloonConfig;
 use crate::virtio::block::DiskConfig;
 use crate::virtio::config::VirtioConfig;
+use crate::virtio::console::ports::PortConfig;
 use crate::virtio::net::NetConfig;
 use crate::virtio::share::ShareConfig;
 use crate::virtio::vsock::VsockConfig;
@@ -133,6 +134,10 @@ struct Run {
     /// of sandbox=namespace|chroot (how virtiofsd is locked in), cache=auto|always|none; may be repeated
     #[arg(long, value_name = "tag=NAME,path=DIR,…")]
     share: Vec<ShareConfig>,
+    /// A port between a program of the guest (/dev/virtio-ports/NAME) and the host: name=NAME, and uds=PATH (a Unix socket
+    /// to which one program at a time connects) or file=PATH (which gets what the guest writes); may be repeated
+    #[arg(long, value_name = "name=NAME,uds=PATH|file=PATH")]
+    port: Vec<PortConfig>,
     /// How drivers find virtio devices: mmio (a page of registers each, described by ACPI), or pci (a bus)
     #[arg(long, value_name = "TRANSPORT", default_value = "mmio")]
     transport: Transport,
@@ -152,7 +157,7 @@ struct Run {
     /// Makes a Unix socket by which the machine can be controlled; see `actor-vmm ctl`
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
-    /// A machine in a TOML file, whose keys are these flags without the dashes: [[disk]], [[net]], [[share]], [vsock]
+    /// A machine in a TOML file, whose keys are these flags without the dashes: [[disk]], [[net]], [[share]], [[port]], [vsock]
     /// and [balloon] are tables. What is there in a list is added to; all else may be in one of the two
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -287,6 +292,7 @@ impl Run {
                 balloon: self.balloon.clone(),
                 shares: self.share.clone(),
                 console: consoles.virtio,
+                ports: self.port.clone(),
                 transport: self.transport,
                 notify: self.notify,
             },
@@ -340,6 +346,7 @@ impl Run {
             ("vsock", config::items_of(&self.vsock)),
             ("balloon", config::items_of(&self.balloon)),
             ("share", config::items_of(&self.share)),
+            ("port", config::items_of(&self.port)),
         ]
     }
 

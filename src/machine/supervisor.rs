@@ -443,6 +443,10 @@ where
     for console in [&console, &debug_console].into_iter().chain(&virtio_console) {
         console.begin();
     }
+    for file in virtio.devices.iter().flat_map(|device| &device.files) {
+        // Something that is no regular file cannot be emptied, and need not be.
+        let _ = file.set_len(0);
+    }
 
     let address = inbox.address();
     let Inbox { sender, mailbox } = inbox;
@@ -730,6 +734,8 @@ impl MachineConfig {
         if !(1..=MAX_CPUS).contains(&self.cpus) {
             return Err(StartError::Cpus(self.cpus));
         }
+        let ports = self.virtio.port_files().cloned().map(ConsoleKind::File);
+        let ports: Vec<_> = ports.collect();
         let consoles = [
             ("--console", Some(&self.console)),
             ("--console virtio", self.virtio.console.as_ref()),
@@ -738,6 +744,7 @@ impl MachineConfig {
         let consoles = consoles.into_iter();
         let consoles: Vec<_> = consoles
             .filter_map(|(option, kind)| Some((option, kind?)))
+            .chain(ports.iter().map(|kind| ("--port file", kind)))
             .collect();
         console::check_distinct(&consoles, &self.files())?;
         if self.dispatch != Dispatch::Actor && !self.placements.is_empty() {

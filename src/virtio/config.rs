@@ -3,6 +3,7 @@
 
 use super::balloon::{self, Balloon, BalloonConfig};
 use super::block::{self, Block, Disk, DiskConfig, ImageError};
+use super::console::ports::{self, PortConfig, PortError, PortHost};
 use super::console::{self, HostSide, Size};
 use super::limit::{Limited, Limits};
 use super::net::config::Host;
@@ -16,7 +17,9 @@ use super::{Notify, Transport};
 use crate::host::console::ConsoleKind;
 use crate::host::terminal;
 use slog::Logger;
+use std::fs::File;
 use std::io;
+use std::path::PathBuf;
 
 /// The most virtio devices: each has an interrupt of its own.
 pub const MAX_DEVICES: usize = crate::boot::layout::VIRTIO_GSIS.len();
@@ -38,6 +41,8 @@ pub struct VirtioConfig {
     pub shares: Vec<ShareConfig>,
     /// Where a console goes.
     pub console: Option<ConsoleKind>,
+    /// Ports between programs of guest and host.
+    pub ports: Vec<PortConfig>,
     /// How drivers get at them.
     pub transport: Transport,
     /// How notifications travel.
@@ -49,7 +54,7 @@ pub struct VirtioConfig {
 pub enum VirtioError {
     /// Too many.
     #[error(
-        "{wanted} virtio devices (--disk, --net, --rng, --vsock, --balloon, --share, --console virtio) are more than a machine can have ({MAX_DEVICES})"
+        "{wanted} virtio devices (--disk, --net, --rng, --vsock, --balloon, --share, --console virtio, --port) are more than a machine can have ({MAX_DEVICES})"
     )]
     TooMany {
         /// As asked for.
@@ -73,6 +78,9 @@ pub enum VirtioError {
     /// Two of one tag.
     #[error("--share tag={0}: two shared folders cannot have the same name for the guest")]
     SameTag(String),
+    /// Ports.
+    #[error(transparent)]
+    Port(#[from] PortError),
     /// A console's eventfds.
     #[error("--console virtio: the host gives no descriptors for it")]
     Console(#[source] io::Error),
@@ -102,6 +110,7 @@ impl VirtioError {
             VirtioError::Net(error) => error.is_bad_input(),
             VirtioError::Vsock(error) => error.is_bad_input(),
             VirtioError::Share(error) => error.is_bad_input(),
+            VirtioError::Port(error) => error.is_bad_input(),
             VirtioError::Random(_)
             | VirtioError::Balloon(_)
             | VirtioError::Console(_)
@@ -127,6 +136,7 @@ const RNG_NAME: &str = "rng0";
 const VSOCK_NAME: &str = "vsock0";
 const BALLOON_NAME: &str = "balloon0";
 const CONSOLE_NAME: &str = "console0";
+const PORTS_NAME: &str = "ports0";
 
 impl VirtioConfig {
     /// The names of the devices, in the order of their places.
@@ -138,20 +148,28 @@ impl VirtioConfig {
         let balloon = self.balloon.is_some().then_some(BALLOON_NAME);
         let console = self.console.is_some().then_some(CONSOLE_NAME);
         let shares = SHARE_NAMES.into_iter().take(self.shares.len());
+        let ports = (!self.ports.is_empty()).then_some(PORTS_NAME);
         let others = [rng, vsock, balloon, console].into_iter().flatten();
-        disks.chain(nets).chain(others).chain(shares).collect()
+        disks
+            .chain(nets)
+            .chain(others)
+            .chain(shares)
+            .chain(ports)
+            .collect()
     }
 
     /// What contradicts itself.
     ///
     /// # Errors
-    /// [`VirtioError::TooMany`], [`VirtioError::SameTap`], [`VirtioError::SameMac`], [`VirtioError::SameTag`].
+    /// [`VirtioError::TooMany`], [`VirtioError::SameTap`], [`VirtioError::SameMac`], [`VirtioError::SameTag`],
+    /// [`VirtioError::Port`].
     pub fn check(&self) -> Result<(), VirtioError> {
         let others = [
             self.rng,
             self.vsock.is_some(),
             self.balloon.is_some(),
             self.console.is_some(),
+            !self.ports.is_empty(),
         ];
         let others = others.into_iter().filter(|wanted| *wanted).count();
         let wanted = self.disks.len() + self.nets.len() + self.shares.len() + others;
@@ -176,7 +194,15 @@ impl VirtioConfig {
                 return Err(VirtioError::SameTag(share.tag.clone()));
             }
         }
-        Ok(())
+        Ok(ports::check(&self.ports)?)
+    }
+
+    /// The files that ports lead to.
+    pub fn port_files(&self) -> impl Iterator<Item = &PathBuf> {
+        self.ports.iter().filter_map(|port| match &port.host {
+            PortHost::File(path) => Some(path),
+            PortHost::Socket(_) => None,
+        })
     }
 
     /// Opens what the devices need of the host.
@@ -260,6 +286,16 @@ impl VirtioConfig {
                 ..Opened::bare()
             });
         }
+        if !self.ports.is_empty() {
+            let ports = ports::open(&self.ports, log)?;
+            opened.push(Opened {
+                name: PORTS_NAME,
+                identity: ports.identity,
+                handlers: ports.handlers,
+                files: ports.files,
+                ..Opened::bare()
+            });
+        }
         Ok(opened)
     }
 }
@@ -280,6 +316,8 @@ pub struct Opened {
     pub console: Option<HostSide>,
     /// Of a console that is a terminal: how large it is.
     pub size: Option<Size>,
+    /// Files that are emptied when the machine starts.
+    pub files: Vec<File>,
 }
 
 impl Opened {
@@ -293,6 +331,7 @@ impl Opened {
             balloon: None,
             console: None,
             size: None,
+            files: Vec::new(),
         }
     }
 }
@@ -313,7 +352,7 @@ mod tests {
         let error = config.open(&log).map(|_| ()).unwrap_err().to_string();
         assert!(
             error.starts_with(
-                "17 virtio devices (--disk, --net, --rng, --vsock, --balloon, --share, --console virtio)"
+                "17 virtio devices (--disk, --net, --rng, --vsock, --balloon, --share, --console virtio, --port)"
             ),
             "{error}"
         );

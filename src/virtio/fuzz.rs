@@ -103,6 +103,11 @@ pub fn share(input: &[u8]) {
     queue(subjects::folder, input);
 }
 
+/// The control queues of a device with ports, and a port's.
+pub fn ports(input: &[u8]) {
+    queue(subjects::ports, input);
+}
+
 /// A driver that does with a queue, chosen by the first byte, what the others say.
 fn queue(device: fn() -> Vec<Subject>, input: &[u8]) {
     let mut input = Bytes(input);
@@ -267,13 +272,14 @@ mod tests {
     #[test]
     fn every_target_has_a_file_and_survives_noise() {
         type Target = fn(&[u8]);
-        let targets: [(&str, Target); 9] = [
+        let targets: [(&str, Target); 10] = [
             ("balloon", balloon),
             ("blk", blk),
             ("console", console),
             ("mmio", mmio),
             ("net", net),
             ("pci", pci),
+            ("ports", ports),
             ("rng", rng),
             ("share", share),
             ("vsock", vsock),

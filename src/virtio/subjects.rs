@@ -35,7 +35,7 @@ pub struct Subject {
 
 /// All of them.
 pub fn subjects() -> Vec<Subject> {
-    let devices = [disk, entropy, network, socket, balloon, console, folder];
+    let devices = [disk, entropy, network, socket, balloon, console, folder, ports];
     devices.into_iter().flat_map(|queues| queues()).collect()
 }
 
@@ -238,4 +238,56 @@ pub fn folder() -> Vec<Subject> {
         .enumerate()
         .map(subject)
         .collect()
+}
+
+/// Of a device with ports: its control queues, and a port's.
+pub fn ports() -> Vec<Subject> {
+    let console::ports::testing::Handlers {
+        place,
+        tell,
+        hear,
+        receive,
+        fill,
+        transmit,
+    } = console::ports::testing::handlers();
+    let place = Arc::new(place);
+    let subject = |name, handler, served, probe| Subject {
+        name,
+        handler,
+        probe,
+        served: Outcome::Used(served),
+        kept: Box::new(place.clone()),
+    };
+    vec![
+        subject(
+            "port receive",
+            receive,
+            16,
+            Box::new(move |rig: &mut Rig| {
+                fill();
+                rig.request(&[W(0x5000, 16)])
+            }),
+        ),
+        subject(
+            "port transmit",
+            transmit,
+            0,
+            Box::new(|rig| rig.request(&[R(0x5000, 16)])),
+        ),
+        subject(
+            "ports control receive",
+            tell,
+            8,
+            Box::new(|rig| rig.request(&[W(0x5000, 64)])),
+        ),
+        subject(
+            "ports control transmit",
+            hear,
+            0,
+            Box::new(|rig| {
+                rig.write(0x5000, &[0; 8]);
+                rig.request(&[R(0x5000, 8)])
+            }),
+        ),
+    ]
 }

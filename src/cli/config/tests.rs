@@ -93,11 +93,18 @@ fn a_file_says_the_same_as_flags() {
         [[share]]
         tag = "home"
         path = "/a,b"
+        [[port]]
+        name = "agent"
+        uds = "a,b"
+        [[port]]
+        file = "log"
+        name = "log"
     "#;
     let mut flags = words(
         "--kernel k --cpus 2 --memory 1G --timeout 2.5 --rng --transport pci --on-reset reset --placement rtc=pool \
          --placement blk0=thread --vsock cid=3,uds=/run/v --disk path=a,,b,ro --disk path=c,format=qcow2,rate=10M --net \
-         user,tcp=2222:22,,80 --balloon --share tag=home,path=/a,,b",
+         user,tcp=2222:22,,80 --balloon --share tag=home,path=/a,,b --port name=agent,uds=a,,b --port \
+         name=log,file=log",
     );
     flags.extend(["--cmdline".into(), "root=/dev/vda quiet".into()]);
     let (run, _) = run(&flags).unwrap();
@@ -154,6 +161,11 @@ fn mistakes_are_told_with_their_place() {
         (
             "[[disk]]\npath = 'a'\nqueue = 1",
             "disk[0].queue: a disk has no key 'queue'",
+        ),
+        ("port = 'name=a'", "port: it is a list: write [[port]]"),
+        (
+            "[[port]]\nname = 'a'\nfile = 'x'\nuds = 'y'",
+            "port[0].file: a port leads to one place",
         ),
         ("[[disk]]\nro = true", "disk[0].path: a disk needs path=FILE"),
         (
@@ -237,8 +249,10 @@ fn machine() -> impl Strategy<Value = Vec<String>> {
             "--placement=rng0=thread",
             "--dispatch=actor",
             "--vsock=uds=a,,b,cid=5",
+            "--port=name=x,uds=a,,b",
+            "--port=name=7,file=2.0",
         ],
-        0..=17,
+        0..=19,
     );
     let guest = prop_oneof![
         Just(vec!["--demo"]),

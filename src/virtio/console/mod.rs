@@ -1,18 +1,20 @@
-//! virtio-console: a console that the guest writes to in pieces instead of characters, and ports for programs. Two devices
-//! of the same type. [VIRTIO 1.2 §5.3]
+//! virtio-console: a console that the guest writes to in pieces instead of characters, and ports for programs. Two
+//! devices of the same type. [VIRTIO 1.2 §5.3]
 //!
 //! | question | file |
 //! |---|---|
 //! | the console's queues | `terminal.rs` |
 //! | how large the terminal is | `size.rs` |
+//! | ports | `ports/` |
 //!
 //! The console (`--console virtio`) is a device without VIRTIO_CONSOLE_F_MULTIPORT: two queues, and the terminal's size in
-//! the configuration space. A port of a device with several would be told its size by a message whose two fields Linux read
-//! in the wrong order until 2025, and no device can know which Linux it has.
+//! the configuration space. Ports (`--port`) are another, and none of them is a console: it would be told its size by a
+//! message whose two fields Linux read in the wrong order until 2025, and no device can know which Linux it has.
 //!
 //! VIRTIO_CONSOLE_F_EMERG_WRITE is not offered: Linux does not use it, and a character that comes by a register would need a
 //! way of its own to the host beside the queue's.
 
+pub mod ports;
 pub mod size;
 pub mod terminal;
 #[cfg(any(test, fuzzing))]

@@ -4,6 +4,8 @@
 //! |---|---|
 //! | `vsock-peer echo ADDRESS` | listens for ever; what comes over a connection goes back over it, and its end too |
 //! | `vsock-peer swarm ADDRESS COUNT KIB` | COUNT connections at once; each sends KIB KiB of its own, says that this was all, and reads until the other end does; what came back has to be what was sent |
+//! | `vsock-peer bounce ADDRESS KIB` | one connection as of a swarm, whose other end does not say that this was all |
+//! | `vsock-peer take ADDRESS BYTES` | connects and writes so much of what comes to stdout |
 //! | `vsock-peer deaf ADDRESS` | connects and sends until it may not any more, for a second: how much that was |
 //!
 //! ADDRESS: `vsock:PORT` (in a guest; to connect, of the host), `unix:PATH`, or `unix:PATH@PORT`, a port of the guest behind
@@ -41,8 +43,21 @@ pub fn main() -> Result<()> {
             let kib: usize = kib.parse().context("KIB is a number")?;
             swarm(Address::parse(address)?, count, kib << 10)
         }
+        ["bounce", address, kib] => {
+            let kib: usize = kib.parse().context("KIB is a number")?;
+            exchange(Address::parse(address)?.connect()?, 1, kib << 10, false)
+        }
+        ["take", address, bytes] => {
+            let bytes = bytes.parse().context("BYTES is a number")?;
+            let connection = Address::parse(address)?.connect()?;
+            let taken = io::copy(&mut (&connection.0).take(bytes), &mut io::stdout())?;
+            ensure!(taken == bytes, "the end came after {taken} bytes");
+            Ok(())
+        }
         ["deaf", address] => deaf(&Address::parse(address)?),
-        _ => bail!("vsock-peer echo ADDRESS | swarm ADDRESS COUNT KIB | deaf ADDRESS"),
+        _ => bail!(
+            "vsock-peer echo ADDRESS | swarm ADDRESS COUNT KIB | bounce ADDRESS KIB | take ADDRESS BYTES | deaf ADDRESS"
+        ),
     }
 }
 
@@ -196,7 +211,7 @@ fn swarm(address: Address, count: usize, bytes: usize) -> Result<()> {
             let connection = address.connect();
             // All are open before the first byte goes.
             all_there.wait();
-            exchange(connection?, number as u64 + 1, bytes)
+            exchange(connection?, number as u64 + 1, bytes, true)
         };
         thread::Builder::new().stack_size(STACK_BYTES).spawn(member)
     });
@@ -213,7 +228,7 @@ fn swarm(address: Address, count: usize, bytes: usize) -> Result<()> {
     Ok(())
 }
 
-fn exchange(connection: Connection, seed: u64, bytes: usize) -> Result<()> {
+fn exchange(connection: Connection, seed: u64, bytes: usize, ends: bool) -> Result<()> {
     let connection = Arc::new(connection);
     let theirs = connection.clone();
     let writer = thread::Builder::new().stack_size(STACK_BYTES).spawn(move || {
@@ -240,7 +255,7 @@ fn exchange(connection: Connection, seed: u64, bytes: usize) -> Result<()> {
         got += part;
     }
     ensure!(
-        (&connection.0).read(&mut buffer)? == 0,
+        !ends || (&connection.0).read(&mut buffer)? == 0,
         "more came back than was sent"
     );
     writer.join().map_err(|_| anyhow!("a panic"))??;
