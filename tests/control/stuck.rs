@@ -209,8 +209,9 @@ fn a_pause_with_a_stuck_device_says_whom_it_waits_for_and_stops_the_others() {
             let mut vcpus = why["vcpus"].as_array().unwrap().iter();
             vcpus.any(|vcpu| vcpu["name"] == "vcpu0" && vcpu["ms"].as_u64() >= Some(500))
         });
-        let Answer::Waits(State::Pausing, whom) = mired.machine.address.ask(Command::Pause) else {
-            panic!("{kind}: it is paused")
+        let answer = mired.machine.address.ask(Command::Pause);
+        let Answer::Waits(State::Pausing, whom) = answer else {
+            panic!("{kind}: {answer:?}")
         };
         // Device, message, and since when: since it is stuck, not since the pause, which has waited for 2 s.
         let vcpu0 = whom
