@@ -41,6 +41,18 @@ pub(crate) enum Planted {
     NoDeadline,
 }
 
+/// Waits for a message until then. When it is later than that the time is up, though a message be there: somebody who asks
+/// again as soon as he is answered would else put it off for ever, as a channel looks at the clock only when it is empty.
+fn in_time<T>(
+    channel: &crossbeam_channel::Receiver<T>,
+    until: std::time::Instant,
+) -> Result<T, crossbeam_channel::RecvTimeoutError> {
+    if std::time::Instant::now() >= until {
+        return Err(crossbeam_channel::RecvTimeoutError::Timeout);
+    }
+    channel.recv_deadline(until)
+}
+
 #[cfg(not(all(test, not(loom))))]
 mod plain {
     use super::Planted;
@@ -63,16 +75,16 @@ mod plain {
         channel.recv()
     }
 
-    /// Waits for a message until then.
+    /// Waits for a message until then, and not longer though there always is one.
     #[inline(always)]
     pub(crate) fn receive_until<T>(channel: &Receiver<T>, until: Instant) -> Result<T, RecvTimeoutError> {
-        channel.recv_deadline(until)
+        super::in_time(channel, until)
     }
 
-    /// Waits for a message until then. In a simulation the time may be up at any moment.
+    /// The same. In a simulation the time may be up at any moment.
     #[inline(always)]
     pub(crate) fn receive_by<T>(channel: &Receiver<T>, until: Instant) -> Result<T, RecvTimeoutError> {
-        channel.recv_deadline(until)
+        super::in_time(channel, until)
     }
 
     /// In a simulation: waits until `ready`. Elsewhere `false`.
@@ -372,7 +384,7 @@ mod scheduler {
         limit: Limit,
     ) -> Result<T, RecvTimeoutError> {
         if !is_member() {
-            return channel.recv_deadline(until);
+            return super::in_time(channel, until);
         }
         match wait(limit, || try_receive(channel)) {
             Some(received) => received.map_err(|RecvError| RecvTimeoutError::Disconnected),

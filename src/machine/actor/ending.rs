@@ -149,23 +149,18 @@ impl Machine {
         let mut hurry = false;
         while self.vcpus.iter().any(|vcpu| !vcpu.stopped) {
             match simulation::receive_until(&self.mailbox, until) {
-                Ok(MachineMessage::Vcpu(VcpuNews {
-                    vcpu,
-                    what: VcpuEvent::Stopped(unclaimed),
-                })) => {
-                    self.vcpus[vcpu].stopped = true;
-                    for (space, start, count) in unclaimed {
-                        let space = match space {
-                            Space::Pio => "ports",
-                            Space::Mmio => "addresses",
-                        };
-                        debug!(self.log, "vcpu{vcpu}: accesses to {space} that nobody claims";
-                            "from" => format!("{start:#x}"), "count" => count);
-                    }
-                }
-                Ok(message) => hurry |= self.hears_at_the_end(message),
+                Ok(message) => hurry |= self.hears_of_vcpus(message),
                 Err(_) => break,
             }
+        }
+        // Who has ended, while this thread had no processor, is not to be called late.
+        for message in self
+            .mailbox
+            .try_iter()
+            .take(self.mailbox.len())
+            .collect::<Vec<_>>()
+        {
+            hurry |= self.hears_of_vcpus(message);
         }
         for (index, vcpu) in self.vcpus.iter_mut().enumerate() {
             if let Some(thread) = vcpu.thread.take_if(|_| vcpu.stopped) {
@@ -177,6 +172,27 @@ impl Machine {
         hurry
     }
 
+    /// The same, and a vCPU's word that it has ended.
+    fn hears_of_vcpus(&mut self, message: MachineMessage) -> bool {
+        let MachineMessage::Vcpu(VcpuNews {
+            vcpu,
+            what: VcpuEvent::Stopped(unclaimed),
+        }) = message
+        else {
+            return self.hears_at_the_end(message);
+        };
+        self.vcpus[vcpu].stopped = true;
+        for (space, start, count) in unclaimed {
+            let space = match space {
+                Space::Pio => "ports",
+                Space::Mmio => "addresses",
+            };
+            debug!(self.log, "vcpu{vcpu}: accesses to {space} that nobody claims";
+                "from" => format!("{start:#x}"), "count" => count);
+        }
+        false
+    }
+
     /// Has the event loop write what the guest has sent, and end. A signal or a stop meanwhile cuts that short.
     fn drain_output(&mut self, until: Instant) {
         let limit = until.saturating_duration_since(Instant::now());
@@ -186,6 +202,8 @@ impl Machine {
             simulation::waited(|| !self.event_loop.ended().is_empty() || !self.mailbox.is_empty());
             select_biased! {
                 recv(self.event_loop.ended()) -> _ => return,
+                // Before the messages: there may always be one.
+                recv(deadline) -> _ => return,
                 recv(*self.mailbox) -> message => match message {
                     Ok(message) => if self.hears_at_the_end(message) { return },
                     // Nobody is left to send.
@@ -194,7 +212,6 @@ impl Machine {
                         return;
                     }
                 },
-                recv(deadline) -> _ => return,
             }
         }
     }
@@ -221,6 +238,16 @@ impl Machine {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_message_does_not_put_off_the_time() {
+        let (sender, mailbox) = crossbeam_channel::unbounded();
+        sender.send(()).unwrap();
+        assert!(simulation::receive_until(&mailbox, Instant::now()).is_err());
+        assert!(simulation::receive_by(&mailbox, Instant::now()).is_err());
+        let later = Instant::now() + LIMIT;
+        assert!(simulation::receive_until(&mailbox, later).is_ok());
+    }
 
     #[test]
     fn whoever_takes_all_his_time_a_stop_is_over_in_its_limit() {
