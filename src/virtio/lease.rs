@@ -5,8 +5,9 @@
 //! status (Linux does not poll a virtio-mmio device), while the queue's actor may sit in a read of a slow disk. So an
 //! actor never has the host write into guest memory when it may have to wait for a disk, and never holds a reference into it
 //! for long: it works on a buffer of its own, and goes to guest memory in *touches*, each a copy of [`super::CHUNK_BYTES`]
-//! at most (also by the host's kernel, from and to what is in memory there: [`super::straight`]) or a step on a ring. A touch needs the lease. Taking the lease back waits for a touch that is going on, and for nothing else.
-//! Nothing is waited for inside a touch (no ask, no post, no lock), so this wait can be part of no circle, whoever waits:
+//! at most (also by the host's kernel, from and to what is in memory there: [`super::straight`]) or a step on a ring. A touch
+//! needs the lease. Taking the lease back waits for a touch that is going on, and for nothing else.
+//! Nothing of ours is waited for inside a touch (no ask, no post, no lock), so this wait can be part of no circle, whoever waits:
 //! also a queue's own actor, when it runs a turn of the register side that it has posted to.
 //!
 //! ```text

@@ -2,8 +2,10 @@
 //!
 //! Only where the host need not wait for a disk: this is done inside a touch ([`super::lease`]), which a reset and a pause
 //! wait for. So [`Ways`] are found out once for a file: a file that is memory itself (tmpfs) is as quick as guest memory,
-//! which is made of the same; of other files what the host's cache has can be read (`RWF_NOWAIT` [preadv2(2)], which file
-//! systems promise or refuse). What cannot be had so goes through the buffer, and so do errors: there they are told.
+//! which is made of the same. Of other files nothing is known: also a read that may not wait (`RWF_NOWAIT` [preadv2(2)]) has
+//! the kernel read ahead first, and that asks the disk. What cannot be had so goes through the buffer, and so do errors:
+//! there they are told. What a transfer does wait for is the file's lock in the kernel: who else holds that of a file on tmpfs
+//! copies memory too, or gives it back ([`super::block::image`] does so in small pieces).
 //!
 //! What a hostile guest can try: pieces outside memory (nothing is done), more than [`MOST_PIECES`] (done in parts),
 //! memory that changes or overlaps meanwhile (its own loss: the kernel copies once and looks at nothing).
@@ -11,7 +13,6 @@
 use super::chain::{Fault, Segment, each};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use std::fs::File;
-use std::io;
 use std::marker::PhantomData;
 use std::os::fd::AsRawFd;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
@@ -65,8 +66,6 @@ impl<'a> Pieces<'a> {
 pub enum Ways {
     /// None that is known.
     None,
-    /// Reads of what the host's cache has.
-    CachedReads,
     /// All: the file is memory.
     All,
 }
@@ -79,33 +78,19 @@ impl Ways {
         if regular && fstatfs(file).is_ok_and(|system| system.filesystem_type() == TMPFS_MAGIC) {
             return Ways::All;
         }
-        let mut byte = [0u8];
-        let place = libc::iovec {
-            iov_base: byte.as_mut_ptr().cast(),
-            iov_len: 1,
-        };
-        // SAFETY: one byte that is ours is written at most.
-        let result = unsafe { libc::preadv2(file.as_raw_fd(), &place, 1, 0, libc::RWF_NOWAIT) };
-        match result {
-            -1 if io::Error::last_os_error().kind() != io::ErrorKind::WouldBlock => Ways::None,
-            _ => Ways::CachedReads,
-        }
+        Ways::None
     }
 
-    /// Reads what can be had now from `offset` of the file. Returns bytes; none also for an error, which a read of the
+    /// Reads what need not be waited for from `offset` of the file. Returns bytes; none also for an error, which a read of the
     /// usual kind will tell.
     pub fn read(self, file: &File, offset: u64, to: &Pieces<'_>) -> usize {
-        let flags = match self {
-            Ways::None => return 0,
-            Ways::CachedReads => libc::RWF_NOWAIT,
-            Ways::All => 0,
-        };
-        let (Ok(offset), count) = (i64::try_from(offset), to.count as i32) else {
+        let (Ways::All, Ok(offset)) = (self, i64::try_from(offset)) else {
             return 0;
         };
+        let count = to.count as i32;
         // SAFETY: the kernel writes to guest memory, which is mapped for as long as `to` borrows it, and where no reference of
         // ours points: others change it at any time.
-        let read = unsafe { libc::preadv2(file.as_raw_fd(), to.places.as_ptr(), count, offset, flags) };
+        let read = unsafe { libc::preadv(file.as_raw_fd(), to.places.as_ptr(), count, offset) };
         usize::try_from(read).unwrap_or(0)
     }
 
@@ -218,11 +203,10 @@ mod tests {
         let pieces = Pieces::of(&memory, &[segment(0, 512)], 0, 512).unwrap();
         assert_eq!(Ways::None.read(&file, 0, &pieces), 0);
         assert_eq!(Ways::None.write(&file, 0, &pieces), 0);
-        assert_eq!(Ways::CachedReads.write(&file, 0, &pieces), 0);
         assert_eq!(Ways::All.read(&file, 4096, &pieces), 0, "behind the end");
         assert_eq!(Ways::All.read(&file, u64::MAX, &pieces), 0);
         let device = File::open("/dev/zero").unwrap();
-        assert_ne!(Ways::of(&device), Ways::All, "not memory, though its node is");
+        assert_eq!(Ways::of(&device), Ways::None, "not memory, though its node is");
         let closed = File::open("/proc/self/maps").unwrap();
         assert_eq!(
             Ways::All.write(&closed, 0, &pieces),

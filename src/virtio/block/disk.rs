@@ -70,10 +70,9 @@ impl Disk {
     }
 
     /// The image, if there is any point in asking it for what need not wait.
-    pub fn at_once(&self, write: bool) -> Option<&Image> {
-        match (self, write) {
-            (Disk::Raw(image), false) if image.ways() != Ways::None => Some(image),
-            (Disk::Raw(image), true) if image.ways() == Ways::All => Some(image),
+    pub fn at_once(&self) -> Option<&Image> {
+        match self {
+            Disk::Raw(image) if image.ways() == Ways::All => Some(image),
             _ => None,
         }
     }

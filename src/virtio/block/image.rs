@@ -23,6 +23,10 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+/// What is given back to the host, or made zeroes by it, in one call. The kernel holds the file's lock meanwhile, and another
+/// queue's transfer in a touch may wait for it ([`crate::virtio::straight`]).
+const PIECE_BYTES: u64 = 4 << 20;
+
 /// Why an image cannot be a disk.
 #[derive(Debug)]
 pub struct ImageError {
@@ -260,12 +264,18 @@ impl Image {
 
     fn allocate(&self, how: FallocateFlags, offset: u64, bytes: u64) -> Result<(), Errno> {
         let signed = |value: u64| i64::try_from(value).map_err(|_| Errno::EFBIG);
-        loop {
-            match fallocate(&self.file, how, signed(offset)?, signed(bytes)?) {
+        let mut done = 0;
+        while done < bytes {
+            let part = (bytes - done).min(PIECE_BYTES);
+            match fallocate(&self.file, how, signed(offset + done)?, signed(part)?) {
                 Err(Errno::EINTR) => {}
-                result => return result,
+                result => {
+                    result?;
+                    done += part;
+                }
             }
         }
+        Ok(())
     }
 }
 

@@ -211,7 +211,7 @@ impl Block {
         let mut done = 0;
         while done < bytes {
             let part = (bytes - done).min(CHUNK_BYTES as u64) as usize;
-            if let Some(image) = self.disk.at_once(false) {
+            if let Some(image) = self.disk.at_once() {
                 match request.give_straight(done, part, |room| image.read_now(offset + done, room))? {
                     Ok(0) => {}
                     Ok(read) => {
@@ -236,7 +236,7 @@ impl Block {
         let mut done = 0;
         while done < bytes {
             let part = (bytes - done).min(CHUNK_BYTES as u64) as usize;
-            if let Some(image) = self.disk.at_once(true) {
+            if let Some(image) = self.disk.at_once() {
                 let from = HEADER_BYTES + done;
                 match request.take_straight(from, part, |given| image.write_now(offset + done, given))? {
                     Ok(0) => {}
@@ -584,7 +584,7 @@ mod tests {
         }
     }
 
-    const ALL_WAYS: [Ways; 3] = [Ways::None, Ways::CachedReads, Ways::All];
+    const ALL_WAYS: [Ways; 2] = [Ways::None, Ways::All];
 
     /// A disk whose transfers go as said.
     fn rig(file: File, sectors: u64, ways: Ways, log: Logger) -> Rig {
