@@ -1,17 +1,19 @@
 //! A program beside us that serves a device: started with one end of a socket, ended with the other.
 //!
-//! It ends by itself when our end of its socket is closed, so it cannot outlive us, whatever becomes of us. What it says on
-//! its stderr is kept for the one line that tells why it is gone.
+//! It ends by itself when our end of its socket is closed, whatever becomes of us; if it does not, it is killed with all that it
+//! has started, and not waited for without an end: one that is stuck in the host's kernel goes when that lets it go. What it
+//! says on its stderr is kept for the one line that tells why it is gone.
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, poll};
-use nix::unistd::pipe2;
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::{Pid, pipe2};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 /// So long it may take to end after its socket was closed; it takes some milliseconds.
@@ -94,14 +96,26 @@ impl Program {
         let Some(words) = self.last_words(END_LIMIT) else {
             return "it has closed its socket".into();
         };
-        let status = match self.child.wait() {
-            Ok(status) => status.to_string(),
-            Err(error) => error.to_string(),
+        let status = match self.reap() {
+            Some(status) => status.to_string(),
+            None => "nobody knows how".into(),
         };
         if words.is_empty() {
             format!("it has ended: {status}")
         } else {
             format!("it has ended: {status}: {words}")
+        }
+    }
+
+    /// Waits for its end, which is near, for a moment.
+    fn reap(&mut self) -> Option<ExitStatus> {
+        let until = Instant::now() + END_LIMIT;
+        loop {
+            match self.child.try_wait() {
+                Ok(None) if Instant::now() < until => std::thread::sleep(Duration::from_millis(1)),
+                Ok(status) => return status,
+                Err(_) => return None,
+            }
         }
     }
 
@@ -117,8 +131,10 @@ impl Drop for Program {
             return;
         }
         if self.last_words(END_LIMIT).is_none() {
-            let _ = self.child.kill();
+            // Its group: virtiofsd in its sandbox is a child of what we have started.
+            let group = Pid::from_raw(self.child.id().cast_signed());
+            let _ = killpg(group, Signal::SIGKILL);
         }
-        let _ = self.child.wait();
+        self.reap();
     }
 }

@@ -53,7 +53,11 @@ pub fn start(config: &ShareConfig) -> io::Result<(Program, UnixStream)> {
 
 /// Starts what is made of the descriptor's number.
 pub fn start_command(command: impl FnOnce(&str) -> Command) -> io::Result<(Program, UnixStream)> {
-    let (listener, ours) = socket()?;
+    // Whatever it is, it is not that there is no virtiofsd.
+    let place = std::env::temp_dir();
+    let no_socket =
+        |error| io::Error::other(format!("no socket can be made in {}: {error}", place.display()));
+    let (listener, ours) = socket().map_err(no_socket)?;
     let command = command(&listener.as_raw_fd().to_string());
     Ok((Program::start(command, listener.as_fd())?, ours))
 }

@@ -17,7 +17,9 @@
 //!
 //! virtiofsd is given memory of the device's own, not the guest's. It cannot be told to stop at once (GET_VRING_BASE is
 //! answered when it is), and a reset and a pause take effect at once here; so what it writes late must not be the guest's
-//! memory. This is also all that a virtiofsd which has been broken into can reach of us.
+//! memory. This is also all that a virtiofsd which has been broken into can reach of us, but for one thing: it shares the
+//! eventfds of its queues, and can make our read or write of one block. Then that queue serves its guest no more, and the
+//! machine's end names it.
 //!
 //! What a hostile guest can try: chains of any kind (`../chain.rs`), and any bytes as a FUSE request. A request that is not as
 //! long as it says, or longer than virtiofsd takes, makes the device need a reset; all others reach virtiofsd, which is

@@ -76,7 +76,7 @@ impl Line {
 
     /// There is a request.
     pub fn kick(&self) {
-        // Fails only when the counter is full, and it cannot be: there is one request at a time.
+        // The counter is full only if a virtiofsd that was broken into has filled it (see the module above).
         let _ = self.kick.write(1);
     }
 
