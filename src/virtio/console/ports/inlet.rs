@@ -2,7 +2,8 @@
 //!
 //! One program at a time: others wait to be accepted until it has gone and the guest has read all that it sent. Nothing
 //! goes to a guest whose program does not have the port open, since Linux throws it away; a few KiB are read ahead, by which
-//! is noticed who leaves without a word. A program that has ended its own direction alone still gets what the guest writes.
+//! is noticed who leaves without a word (who has sent one is there until the guest has read it). When the host has no descriptor
+//! for the next, he waits until another knocks. A program that has ended its own direction alone still gets what the guest writes.
 //!
 //! What a hostile guest can try: chains outside memory make the device need a reset. One that does not read stops the program
 //! of the host, which can be seen and ended there.

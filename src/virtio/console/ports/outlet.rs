@@ -113,7 +113,8 @@ impl Outlet {
         };
         bell.hush();
         if let Ok(client) = inbox.try_recv() {
-            self.stale |= self.sent > 0;
+            // Also a chain of which nothing was taken yet, if somebody was waited for.
+            self.stale |= self.sent > 0 || self.blocked;
             self.blocked = false;
             // Closed with the last descriptor for it, and then it is out of the epoll descriptor too; but the port's other
             // queue may still have one.
