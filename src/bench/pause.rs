@@ -167,14 +167,6 @@ trait Pausable {
 }
 
 fn with(them: impl Pausable, counts: &Counts, vcpus: usize, pauses: usize) -> Result<Sample, Failure> {
-    // All have run, so all are there.
-    counts.wait_for_all(vcpus)?;
-    let yielding = give_way()?;
-    if yielding != vcpus {
-        return Err(Failure::Guest(format!(
-            "{yielding} threads of {vcpus} vCPUs give way"
-        )));
-    }
     let measured = measure(&them, counts, vcpus, pauses);
     // Why it has ended early says more than that it did not answer.
     them.end()?;
@@ -184,6 +176,14 @@ fn with(them: impl Pausable, counts: &Counts, vcpus: usize, pauses: usize) -> Re
 fn measure(them: &impl Pausable, counts: &Counts, vcpus: usize, pauses: usize) -> Result<Sample, Failure> {
     let mut sample = Sample::empty();
     let mut sum = 0;
+    // All have run, so all are there.
+    counts.wait_for_all(vcpus)?;
+    let yielding = give_way()?;
+    if yielding != vcpus {
+        return Err(Failure::Guest(format!(
+            "{yielding} threads of {vcpus} vCPUs give way"
+        )));
+    }
     for n in 0..WARM + pauses {
         counts.wait_for_all(vcpus)?;
         let start = ticks();
