@@ -262,10 +262,11 @@ pub fn ports() -> Vec<Subject> {
         subject(
             "port receive",
             receive,
-            16,
+            1,
             Box::new(move |rig: &mut Rig| {
                 fill();
-                rig.request(&[W(0x5000, 16)])
+                // Of what was read ahead before, any number of bytes may be left.
+                rig.request(&[W(0x5000, 1)])
             }),
         ),
         subject(
